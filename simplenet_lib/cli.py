@@ -1,0 +1,465 @@
+"""The command ``simplenet``. PyTorch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simplenet_lib import __version__
+from simplenet_lib.config import PRESETS, Config, SimpleNetError
+from simplenet_lib.config import preset as preset_named
+
+if TYPE_CHECKING:
+    from simplenet_lib.dataset import AnomalyDataset
+    from simplenet_lib.localization import Prediction
+    from simplenet_lib.model import SimpleNet
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Find defects in photographs, having seen only good parts: SimpleNet (CVPR 2023)."
+    "\n\nStart with `simplenet train`: it draws a synthetic data set, trains on it,"
+    " and prints where everything went. Then `simplenet predict` on images of yours.",
+)
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Folder that holds CATEGORY/train/good, the MVTec AD layout."
+        " Without it, the synthetic data set in data/synthetic, drawn if it is not there.",
+    ),
+]
+Category = Annotated[
+    str | None,
+    typer.Option("--category", help="Folder in DATA to use. May be left out if there is one."),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        envvar="SIMPLENET_WEIGHTS",
+        help="File or folder with the backbone's pretrained weights, if you have them.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, or auto: a GPU if PyTorch finds one.")
+]
+ModelPath = Annotated[
+    Path, typer.Argument(help="A model.safetensors, or the folder that `train` wrote it to.")
+]
+
+SYNTHETIC = Path("data/synthetic")
+
+
+def main() -> None:
+    """Run the command; what the user can mend becomes one sentence and exit code 2."""
+    try:
+        app()
+    except SimpleNetError as error:
+        print(f"simplenet: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def synthetic(
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = SYNTHETIC,
+    seed: Annotated[int, typer.Option(help="Another seed draws other images.")] = 0,
+) -> None:
+    """Draw the synthetic data set: cloth and hex nuts, with exact masks."""
+    from simplenet_lib.synthetic import generate
+
+    print(f"Synthetic data set: {generate(output, seed=seed)}")
+
+
+@app.command()
+def download(
+    output: Annotated[Path, typer.Option(help="Folder to put the categories in.")] = Path(
+        "data/mvtec_ad"
+    ),
+    category: Annotated[
+        list[str] | None, typer.Option(help="Only this category; may be repeated.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Address, if the official one moved.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Checksum of another archive.")] = None,
+) -> None:
+    """Download MVTec AD (5 GB, CC BY-NC-SA 4.0: not for commercial use)."""
+    from simplenet_lib.download import MVTEC_SHA256, MVTEC_URL, download_mvtec
+
+    folders = download_mvtec(output, category, url or MVTEC_URL, sha256 or MVTEC_SHA256)
+    for folder in folders:
+        print(folder)
+
+
+@app.command()
+def train(
+    data: Data = None,
+    category: Category = None,
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results [runs/CATEGORY-PRESET-SEED].")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change one number of the preset, such as sigma=0.25 or"
+            " layers=layer1,layer2; may be repeated. `simplenet info` lists the names.",
+        ),
+    ] = None,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Train a detector on the normal images of a category, then evaluate it on its test images.
+
+    Leaves model.safetensors, metrics.json and examples.png in OUTPUT. Ctrl-C
+    keeps what was learned: the same command goes on from there.
+    """
+    config = _changed(preset_named(preset, seed=seed), changes or [])
+    data, category = _find_data(data, category)
+    output = output or Path("runs") / f"{category}-{preset}-{seed}"
+    _check_writable(output)
+
+    from simplenet_lib.dataset import AnomalyDataset, make_transform
+    from simplenet_lib.localization import evaluate
+    from simplenet_lib.model import write_whole
+    from simplenet_lib.training import train as train_model
+
+    transform = make_transform(config.resize, config.crop)
+    normal = AnomalyDataset(data, category, "train", transform)
+    # Read before training: a fault in the test folder should not cost the user a training.
+    has_test = (data / category / "test").is_dir()
+    test = AnomalyDataset(data, category, "test", transform) if has_test else None
+    state = output / "training.safetensors"
+    try:
+        trained = train_model(
+            normal, config, weights=weights, device=_device(device), checkpoint=state
+        )
+    except KeyboardInterrupt:
+        kept = "Run the same command to go on from there." if state.is_file() else ""
+        print(f"\nStopped. {kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    model = trained.model
+    report: dict[str, Any] = {
+        "dataset": data.resolve().name,
+        "category": category,
+        "preset": config.preset,
+        "seed": config.seed,
+        "train_images": len(normal) - trained.held_out,
+        "held_out_images": trained.held_out,
+        "threshold": model.threshold,
+        "steps": config.steps,
+        "seconds_features": round(trained.seconds_features, 2),
+        "seconds_training": round(trained.seconds_training, 2),
+        "config": json.loads(config.to_json()),
+        "versions": _versions(),
+        "hardware": _hardware(model),
+    }
+    if test is not None and {sample.label for sample in test.samples} == {0, 1}:
+        metrics, predictions, seconds = _timed(evaluate, model, test)
+        report |= metrics | _at_threshold(predictions) | {"seconds_evaluation": seconds}
+        _write_examples(output / "examples.png", model, predictions)
+        _print_metrics(report)
+    else:
+        print("No test images with and without a defect: nothing to evaluate.")
+    model.save(output / "model.safetensors")
+    write_whole(output / "metrics.json", (json.dumps(report, indent=2) + "\n").encode())
+    state.unlink(missing_ok=True)
+    for name in ("model.safetensors", "metrics.json", "examples.png"):
+        if (output / name).is_file():
+            print(output / name)
+
+
+@app.command()
+def evaluate(
+    model: ModelPath,
+    data: Data = None,
+    category: Category = None,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Evaluate a trained model on the test images of a category."""
+    data, category = _find_data(data, category)
+    from simplenet_lib.dataset import AnomalyDataset, make_transform
+    from simplenet_lib.localization import evaluate as evaluate_model
+
+    net = _load(model, weights, device)
+    transform = make_transform(net.config.resize, net.config.crop)
+    test = AnomalyDataset(data, category, "test", transform)
+    metrics, predictions = evaluate_model(net, test)
+    _print_metrics(metrics | _at_threshold(predictions))
+
+
+@app.command()
+def predict(
+    model: ModelPath,
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, or folders that are searched for images.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for predictions.csv and the overlays.")
+    ] = Path("predictions"),
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Score images: a CSV with a verdict for each, and the anomaly map laid over each.
+
+    The white line in an overlay encloses what is more anomalous than the
+    threshold. A folder that an earlier `predict` wrote is replaced.
+    """
+    ours = (output / "predictions.csv").is_file()
+    if output.is_file() or (output.is_dir() and not ours and any(output.iterdir())):
+        raise SimpleNetError(f"{output}: exists and holds something else. Choose another.")
+    found = _find_images(images, output)
+    _check_writable(output)
+
+    from simplenet_lib.dataset import ImageFiles, Sample, make_transform, read_image
+    from simplenet_lib.localization import predict as predict_images
+    from simplenet_lib.plots import overlay
+
+    net = _load(model, weights, device)
+    transform = make_transform(net.config.resize, net.config.crop)
+    dataset = ImageFiles([Sample(path, "good") for path in found], transform)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["image", "score", "threshold", "verdict", "overlay"])
+    anomalous = 0
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".predict-") as scratch:
+            staged = Path(scratch) / "predictions"
+            for prediction in predict_images(net, dataset):
+                path = prediction.sample.image
+                name = Path("overlays") / found[path]
+                picture = overlay(
+                    read_image(path), prediction.map, net.config, net.typical, net.threshold
+                )
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                picture.save(staged / name)
+                verdict = "anomalous" if prediction.anomalous else "normal"
+                anomalous += prediction.anomalous
+                score, limit = f"{prediction.score:.6g}", f"{net.threshold:.6g}"
+                writer.writerow([path, score, limit, verdict, name])
+            (staged / "predictions.csv").write_text(table.getvalue(), newline="")
+            if output.exists():
+                shutil.rmtree(output)
+            os.replace(staged, output)
+    except OSError as error:
+        raise SimpleNetError(f"{output}: could not be written ({error}).") from error
+    print(f"{anomalous} of {len(found)} images are anomalous (score above {net.threshold:.4g}).")
+    print(output / "predictions.csv")
+    print(output / "overlays")
+
+
+@app.command()
+def info(
+    model: Annotated[Path | None, typer.Argument(help="A trained model to describe.")] = None,
+    weights: Weights = None,
+) -> None:
+    """Show versions, where the pretrained weights come from, the cache, and a model's settings."""
+    from simplenet_lib.features import cache_folder
+    from simplenet_lib.weights import find_weights
+
+    for name, version in _versions().items():
+        print(f"{name:14} {version}")
+    entries = list(cache_folder().glob("*.npy"))
+    size = sum(entry.stat().st_size for entry in entries) / 1e9
+    print(f"{'feature cache':14} {cache_folder()}: {len(entries)} files, {size:.1f} GB")
+    if model is None:
+        print(f"{'weights':14} {find_weights('resnet50', weights).source}")
+        config = PRESETS["fast"]
+    else:
+        net = _load(model, weights, "cpu")
+        print(f"{'threshold':14} {net.threshold:.6g}")
+        config = net.config
+    print(f"{'preset':14} {config.preset}")
+    for name, value in json.loads(config.to_json()).items():
+        print(f"  {name:16} {value}")
+
+
+def _find_data(data: Path | None, category: str | None) -> tuple[Path, str]:
+    """The data folder and category to use; the synthetic set is drawn if nothing is named."""
+    if data is None:
+        from simplenet_lib.synthetic import generate
+
+        print(f"Using the synthetic data set in {SYNTHETIC}.")
+        return generate(SYNTHETIC), category or "nut"
+    if not data.is_dir():
+        raise SimpleNetError(f"{data}: no such folder.")
+    if category is None:
+        found = sorted(path.name for path in data.iterdir() if (path / "train").is_dir())
+        if len(found) != 1:
+            names = ", ".join(found) or "none, so it is not in the MVTec AD layout"
+            raise SimpleNetError(f"{data}: name a --category. Found: {names}.")
+        category = found[0]
+    return data, category
+
+
+def _changed(config: Config, changes: list[str]) -> Config:
+    """Apply ``--set NAME=VALUE``; the configuration checks names, types and ranges itself."""
+    values: dict[str, Any] = json.loads(config.to_json())
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or name not in values or name == "preset":
+            raise SimpleNetError(
+                f"--set {change}: expected NAME=VALUE with one of {', '.join(values)}."
+            )
+        if name == "layers":
+            values[name] = text.split(",")
+        else:
+            try:
+                values[name] = json.loads(text)
+            except ValueError:
+                values[name] = text
+    return Config.from_json(json.dumps(values))
+
+
+def _find_images(paths: list[Path], output: Path) -> dict[Path, Path]:
+    """Every image to predict, and the name of its overlay; an earlier output is left out."""
+    from simplenet_lib.dataset import image_files
+
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            for folder, _, _ in sorted(os.walk(path)):
+                if Path(folder).resolve().is_relative_to(output.resolve()):
+                    continue
+                for image in image_files(Path(folder)):
+                    found[image] = image.relative_to(path).with_suffix(".png")
+        elif path.exists():
+            found[path] = Path(path.stem + ".png")
+        else:
+            raise SimpleNetError(f"{path}: no such image or folder.")
+    if not found:
+        raise SimpleNetError(f"{', '.join(map(str, paths))}: no images found.")
+    taken: set[Path] = set()
+    for image, name in found.items():  # a.jpg and a.png must not share one overlay
+        number = 2
+        unique = name
+        while unique in taken:
+            unique = name.with_stem(f"{name.stem}-{number}")
+            number += 1
+        taken.add(unique)
+        found[image] = unique
+    return found
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work, not after it, if nothing can be written to ``folder``."""
+    try:
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise SimpleNetError(f"{folder}: cannot be written to ({error}).") from error
+
+
+def _load(path: Path, weights: Path | None, device: str) -> SimpleNet:
+    from simplenet_lib.model import SimpleNet
+
+    file = path / "model.safetensors" if path.is_dir() else path
+    return SimpleNet.load(file, weights).to(_device(device))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise SimpleNetError(f"unknown device '{name}'. Known: cpu, cuda, auto.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SimpleNetError("no CUDA device found. Use --device cpu.")
+    return name
+
+
+def _timed(
+    evaluate_model: Any, model: SimpleNet, test: AnomalyDataset
+) -> tuple[dict[str, float], list[Prediction], float]:
+    import time
+
+    start = time.perf_counter()
+    metrics, predictions = evaluate_model(model, test)
+    return metrics, predictions, round(time.perf_counter() - start, 2)
+
+
+def _at_threshold(predictions: list[Prediction]) -> dict[str, float]:
+    """Share of normal images called anomalous, and of defects found, at the threshold."""
+    normal = [p.anomalous for p in predictions if not p.sample.label]
+    defect = [p.anomalous for p in predictions if p.sample.label]
+    return {
+        "false_alarm_rate": sum(normal) / len(normal),
+        "detection_rate": sum(defect) / len(defect),
+    }
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    names = {
+        "image_auroc": "image AUROC",
+        "image_ap": "image AP",
+        "image_f1max": "image F1-max",
+        "pixel_auroc": "pixel AUROC",
+        "pixel_ap": "pixel AP",
+        "aupro": "AUPRO (to 30% FPR)",
+        "false_alarm_rate": "false alarms at the threshold",
+        "detection_rate": "defects found at the threshold",
+    }
+    for key, name in names.items():
+        value = f"{metrics[key]:.3f}" if key in metrics else "no masks"
+        print(f"{name:32} {value}")
+
+
+def _write_examples(path: Path, model: SimpleNet, predictions: list[Prediction]) -> None:
+    """A picture of the first image of every kind, normal first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from simplenet_lib.model import write_whole
+    from simplenet_lib.plots import gallery
+
+    kinds = {prediction.sample.defect: prediction for prediction in reversed(predictions)}
+    order = sorted(kinds, key=lambda defect: (defect != "good", defect))[:8]
+    figure = gallery([kinds[kind] for kind in order], model.config, model.typical, model.threshold)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format="png")
+    write_whole(path, picture.getvalue())
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import torchvision
+
+    return {
+        "simplenet_lib": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+    }
+
+
+def _hardware(model: SimpleNet) -> str:
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+
+
+if __name__ == "__main__":
+    main()

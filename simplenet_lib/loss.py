@@ -1,0 +1,27 @@
+"""Chapter 6: the margin loss asks for a gap between normal and noisy scores."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def margin_loss(normal: Tensor, noisy: Tensor, margin: float = 0.5) -> Tensor:
+    """Mean of max(0, m - D(z)) plus mean of max(0, m + D(z')) (paper, equations 5 and 6).
+
+    A score beyond its margin costs nothing and has no gradient. A discriminator
+    that answers 0 everywhere costs 2m: a loss stuck there has learned nothing.
+
+    Parameters
+    ----------
+    normal, noisy : Tensor
+        Scores D(z) of normal vectors and D(z') of noisy ones, (B,).
+    margin : float
+        Margin m.
+
+    Returns
+    -------
+    Tensor
+        The loss, a scalar.
+    """
+    return F.relu(margin - normal).mean() + F.relu(margin + noisy).mean()

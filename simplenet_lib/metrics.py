@@ -1,0 +1,235 @@
+"""Chapter 8: how well the scores separate normal images and pixels from defects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
+from sklearn.metrics import (  # type: ignore[import-untyped, unused-ignore]
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+)
+
+from simplenet_lib.config import SimpleNetError
+
+# A pixel touches all eight around it, as in the MVTec AD evaluation.
+EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+
+
+def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
+    """Detection: do defective images score higher than normal ones?
+
+    Parameters
+    ----------
+    labels : array_like of int, shape (N,)
+        0 for a normal image, 1 for one with a defect.
+    scores : array_like of float, shape (N,)
+        Image scores, higher for more anomalous.
+
+    Returns
+    -------
+    dict of str to float
+        ``image_auroc``, area under the ROC curve; ``image_ap``, average precision;
+        ``image_f1max``, the highest F1 score that any threshold reaches. All in 0..1.
+
+    Raises
+    ------
+    SimpleNetError
+        If the shapes differ, a label is not 0 or 1, a score is not finite, or
+        only one class is present, for which none of the three is defined.
+    """
+    truth, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if truth.ndim != 1 or truth.shape != values.shape:
+        raise SimpleNetError(
+            f"image scores: {truth.shape} labels and {values.shape} scores; "
+            "give one label and one score per image."
+        )
+    if not np.isin(truth, (0, 1)).all():
+        raise SimpleNetError("image scores: labels must be 0 (normal) or 1 (defect).")
+    _check_finite(values, "image scores")
+    normal, defect = int(np.sum(truth == 0)), int(np.sum(truth == 1))
+    if not normal or not defect:
+        raise SimpleNetError(
+            f"image scores: {normal} normal and {defect} defective images; "
+            "a metric needs at least one of each."
+        )
+    precision, recall, _ = precision_recall_curve(truth, values)
+    # Both are 0 where a threshold finds no defect; F1 is 0 there, not 0/0.
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    return {
+        "image_auroc": float(roc_auc_score(truth, values)),
+        "image_ap": float(average_precision_score(truth, values)),
+        "image_f1max": float(f1.max()),
+    }
+
+
+def pixel_metrics(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike]) -> dict[str, float]:
+    """Localization: do defect pixels score higher than normal ones?
+
+    Parameters
+    ----------
+    masks : sequence of array_like of bool, each (H, W)
+        True on defect pixels; all False for a normal image. Sizes may differ.
+    maps : sequence of array_like of float, each (H, W)
+        Anomaly maps, each of the size of its mask.
+
+    Returns
+    -------
+    dict of str to float
+        ``pixel_auroc``, area under the ROC curve over all pixels; ``pixel_ap``, their
+        average precision, Σ (R_n - R_{n-1}) P_n with recall R_n and precision P_n
+        at the n-th highest score; ``aupro``, see :func:`aupro`. All in 0..1.
+
+    Raises
+    ------
+    SimpleNetError
+        If a map and its mask differ in size, a score is not finite, or there is
+        no defect pixel or no normal pixel at all.
+    """
+    curves = _threshold_curves(masks, maps)
+    precision = curves.tp / (curves.tp + curves.fp)
+    return {
+        "pixel_auroc": _area(curves, curves.tp / curves.tp[-1], limit=1.0),
+        "pixel_ap": float(np.sum(np.diff(curves.tp, prepend=0) * precision) / curves.tp[-1]),
+        "aupro": _area(curves, curves.pro, limit=0.3),
+    }
+
+
+def aupro(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike], limit: float = 0.3) -> float:
+    """Area under the per-region-overlap curve, up to a false-positive rate.
+
+    With the connected regions C_1..C_K of all masks (8-connectivity) and P_t the
+    pixels that score at least t,
+
+        PRO(t) = 1/K Σ_k |P_t ∩ C_k| / |C_k|,
+        FPR(t) = |P_t ∩ normal pixels| / |normal pixels|,
+        AUPRO  = 1/limit ∫ PRO d(FPR) from 0 to limit.
+
+    A small region thus counts as much as a large one. Every distinct score is a
+    threshold, the points are joined by straight lines starting at (0, 0), and the
+    line that crosses the limit is cut there, as in the MVTec AD evaluation.
+
+    Parameters
+    ----------
+    masks, maps : sequences of array_like, each (H, W)
+        As in :func:`pixel_metrics`.
+    limit : float
+        False-positive rate at which the integration ends, above 0, at most 1.
+
+    Returns
+    -------
+    float
+        In 0..1; chance is about limit / 2.
+
+    Raises
+    ------
+    SimpleNetError
+        As :func:`pixel_metrics`, and if the limit is out of range.
+
+    References
+    ----------
+    Bergmann, Batzner, Fauser, Sattlegger, Steger: The MVTec Anomaly Detection
+    Dataset, International Journal of Computer Vision 129, 2021, section 5.
+    """
+    if not 0 < limit <= 1:
+        raise SimpleNetError(f"aupro: limit is {limit}; it must be above 0 and at most 1.")
+    curves = _threshold_curves(masks, maps)
+    return _area(curves, curves.pro, limit)
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """What is found at each of the T distinct scores of defect pixels, highest first.
+
+    ``above`` and ``fp`` (T,): normal pixels that score higher, and at least as high.
+    ``tp`` (T,): defect pixels that score at least as high. ``pro`` (T,): PRO(t).
+    """
+
+    normal_pixels: int
+    above: NDArray[np.int64]
+    fp: NDArray[np.int64]
+    tp: NDArray[np.int64]
+    pro: NDArray[np.float64]
+
+
+def _threshold_curves(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike]) -> _Curves:
+    """Sort once for all three pixel metrics.
+
+    Between two scores of defect pixels only false positives are added: all curves
+    run level there. So the normal scores need sorting but no labels, and only the
+    few defect pixels carry one (their share of their region).
+    """
+    if len(masks) != len(maps):
+        raise SimpleNetError(f"pixel scores: {len(masks)} masks and {len(maps)} maps.")
+    normal_parts, defect_parts, share_parts = [], [], []
+    for index, (mask_like, map_like) in enumerate(zip(masks, maps, strict=True)):
+        mask, scores = np.asarray(mask_like, dtype=bool), np.asarray(map_like)
+        if mask.ndim != 2 or mask.shape != scores.shape:
+            raise SimpleNetError(
+                f"image {index}: its map has shape {scores.shape}, its mask {mask.shape}; "
+                "both must be (height, width) and equal."
+            )
+        _check_finite(scores, f"image {index}")
+        scores = scores.astype(np.result_type(scores, np.float32), copy=False)
+        normal_parts.append(scores[~mask])
+        if mask.any():
+            labelled, _ = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+            region = labelled[mask] - 1
+            defect_parts.append(scores[mask])
+            share_parts.append((1 / np.bincount(region))[region])
+    if not defect_parts or not any(part.size for part in normal_parts):
+        missing = "normal" if defect_parts else "defect"
+        raise SimpleNetError(
+            f"pixel scores: no {missing} pixel in {len(masks)} masks; "
+            "a metric needs defect pixels and normal ones."
+        )
+
+    normal, defect = np.concatenate(normal_parts), np.concatenate(defect_parts)
+    share = np.concatenate(share_parts)
+    del normal_parts, defect_parts, share_parts  # as large as all maps together
+    normal.sort()
+    order = np.argsort(defect)[::-1]
+    # A common type, or searchsorted would copy the normal scores.
+    defect, share = defect[order].astype(normal.dtype, copy=False), share[order]
+    del order
+    # Pixels of one score enter together: keep the last of each run of equal scores.
+    last = np.flatnonzero(np.append(defect[1:] != defect[:-1], True))
+    thresholds = defect[last]
+    overlap = np.cumsum(share, out=share)[last]
+    return _Curves(
+        normal_pixels=normal.size,
+        above=normal.size - np.searchsorted(normal, thresholds, side="right"),
+        fp=normal.size - np.searchsorted(normal, thresholds, side="left"),
+        tp=last + 1,
+        pro=overlap / overlap[-1],  # the last is the number of regions, up to rounding
+    )
+
+
+def _area(curves: _Curves, y: NDArray[np.float64], limit: float) -> float:
+    """Mean height, for FPR from 0 to ``limit``, of the curve that reaches y (T,) at each score.
+
+    Taken by rows: a rise of the curve counts for every normal pixel still to come
+    before the limit. A rise that shares its score with normal pixels slants over
+    them: it counts by its share inside the limit, at the middle of that share.
+    """
+    budget = limit * curves.normal_pixels
+    left = np.maximum(budget - curves.above, 0)
+    right = np.maximum(budget - curves.fp, 0)
+    tied = curves.fp - curves.above
+    inside = np.divide(left - right, tied, out=np.ones_like(y), where=tied > 0)
+    left += right
+    return float(np.sum(np.diff(y, prepend=0) * inside * left) / (2 * budget))
+
+
+def _check_finite(scores: NDArray[np.generic], where: str) -> None:
+    """Refuse NaN and infinity: they have no place in an order of scores."""
+    bad = scores.size - int(np.isfinite(scores).sum())
+    if bad:
+        raise SimpleNetError(
+            f"{where}: {bad} of {scores.size} scores are NaN or infinite; "
+            "check the model and the image that produced them."
+        )

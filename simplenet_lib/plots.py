@@ -1,0 +1,134 @@
+"""Figures: one look for the whole project, the same colours for normal and for defect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn
+from matplotlib.figure import Figure
+from PIL import Image, ImageChops, ImageDraw
+
+from simplenet_lib.config import Config
+from simplenet_lib.dataset import read_image
+from simplenet_lib.localization import Prediction
+
+NORMAL, DEFECT = (seaborn.color_palette("colorblind")[i] for i in (0, 3))
+
+Map = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, int]:
+    """The central part of a ``width`` x ``height`` image that the network sees.
+
+    Returns
+    -------
+    tuple of int
+        Left, top, right, bottom in pixels.
+    """
+    share = (1 - config.crop / config.resize) / 2
+    left, top = round(width * share), round(height * share)
+    return left, top, width - left, height - top
+
+
+def overlay(
+    image: Image.Image, map_: Map, config: Config, typical: float, threshold: float
+) -> Image.Image:
+    """Lay an anomaly map over its image, on a scale that is the same for all images.
+
+    The map is invisible where it is ``typical`` of normal images and opaque at
+    twice the threshold's distance from there; a line is drawn at the threshold.
+
+    Parameters
+    ----------
+    image : Image
+        RGB, any size.
+    map_ : ndarray
+        Anomaly map of the part that the network sees, see :func:`seen_box`.
+    config : Config
+        The configuration of the model.
+    typical, threshold : float
+        The model's scale.
+
+    Returns
+    -------
+    Image
+        RGB, as large as ``image``.
+    """
+    box = seen_box(*image.size, config)
+    size = (box[2] - box[0], box[3] - box[1])
+    excess = (map_ - typical) / max(threshold - typical, 1e-9)
+    resized = Image.fromarray(excess.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    level = np.asarray(resized)
+    colour = matplotlib.colormaps["inferno"](np.clip(level / 2, 0, 1), bytes=True)[..., :3]
+    opacity = np.clip(level / 2, 0, 1) * 200
+    result = image.copy()
+    result.paste(
+        Image.fromarray(np.ascontiguousarray(colour)),
+        box[:2],
+        Image.fromarray(opacity.astype(np.uint8)),
+    )
+    inside = Image.fromarray(((level > 1) * 255).astype(np.uint8))
+    result.paste(Image.new("RGB", size, "white"), box[:2], _outline(inside))
+    if config.crop < config.resize:
+        ImageDraw.Draw(result).rectangle(box, outline="white")
+    return result
+
+
+def _outline(region: Image.Image) -> Image.Image:
+    """The pixels of a region (0 or 255) that touch its outside, about 1/200 of the image wide."""
+    width = max(1, round(max(region.size) / 200))
+    padded = np.pad(np.asarray(region) > 0, width)
+    inner = padded.copy()
+    for axis in (0, 1):
+        for shift in (-width, width):
+            inner &= np.roll(padded, shift, axis)
+    edge = Image.fromarray(((padded & ~inner)[width:-width, width:-width] * 255).astype(np.uint8))
+    return ImageChops.darker(edge, region)
+
+
+def gallery(
+    predictions: Sequence[Prediction], config: Config, typical: float, threshold: float
+) -> Figure:
+    """One column a prediction: the image, the marked defect, the anomaly map.
+
+    Parameters
+    ----------
+    predictions : sequence of Prediction
+        What to show, at most a dozen.
+    config : Config
+        The configuration of the model.
+    typical, threshold : float
+        The model's scale, see :func:`overlay`.
+    """
+    columns = len(predictions)
+    figure, axes = plt.subplots(
+        3, columns, figsize=(1.6 * columns + 0.4, 5.4), squeeze=False, layout="constrained"
+    )
+    for column, prediction in zip(axes.T, predictions, strict=True):
+        sample = prediction.sample
+        image = read_image(sample.image)
+        seen = image.crop(seen_box(*image.size, config))
+        result = overlay(image, prediction.map, config, typical, threshold)
+        column[0].imshow(image)
+        column[1].imshow(seen.resize(prediction.mask.shape[::-1]))
+        if prediction.mask.any():
+            column[1].contourf(prediction.mask, levels=[0.5, 1.5], colors=[DEFECT], alpha=0.6)
+        column[2].imshow(result)
+        column[0].set_title(sample.defect.replace("_", " "), fontsize=9)
+        verdict = "anomalous" if prediction.anomalous else "normal"
+        right = prediction.anomalous == bool(sample.label)
+        column[2].set_xlabel(
+            f"{verdict}{'' if right else ' (wrong)'}",
+            fontsize=9,
+            color=DEFECT if prediction.anomalous else NORMAL,
+        )
+        for axis in column:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, name in zip(axes[:, 0], ("image", "marked defect", "anomaly map"), strict=True):
+        axis.set_ylabel(name, fontsize=9)
+    return figure

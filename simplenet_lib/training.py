@@ -1,0 +1,330 @@
+"""Chapter 7: train the head on cached features, so that it can be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simplenet_lib.config import Config, SimpleNetError
+from simplenet_lib.dataset import ImageFiles
+from simplenet_lib.features import FeatureMaps, cached_features
+from simplenet_lib.localization import anomaly_map, image_score, threshold
+from simplenet_lib.loss import margin_loss
+from simplenet_lib.model import Head, SimpleNet, load_tensors, read_checkpoint, write_checkpoint
+from simplenet_lib.weights import find_weights
+
+CHECKPOINT_EVERY = 50  # steps
+
+
+@dataclass
+class History:
+    """How a training went, one row a step.
+
+    Attributes
+    ----------
+    loss : Tensor
+        Margin loss, (steps,).
+    normal, noisy : Tensor
+        Share of normal scores above +m and of noisy scores below -m, (steps,).
+    """
+
+    loss: Tensor
+    normal: Tensor
+    noisy: Tensor
+
+
+@dataclass
+class Trained:
+    """Result of :func:`train`: the model, how it went, and where the time went (seconds)."""
+
+    model: SimpleNet
+    history: History
+    held_out: int
+    seconds_features: float
+    seconds_training: float
+
+
+def split_images(count: int, holdout: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split image indices into those trained on and those held out for the threshold.
+
+    Raises
+    ------
+    SimpleNetError
+        If there are fewer than two images.
+    """
+    if count < 2:
+        raise SimpleNetError(
+            f"{count} normal image: at least 2 are needed, one to train on and one to hold out"
+            " for the threshold."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = min(max(1, round(holdout * count)), count - 1)
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def shuffled_positions(count: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
+    """Endless batches of positions from ``step`` on, every position once an epoch.
+
+    The order of an epoch depends on the seed and its number alone, so a resumed
+    training sees the same batches as an undisturbed one.
+    """
+    epoch, start = divmod(step * batch_size, count)
+
+    def order(number: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed + number))
+
+    pending = order(epoch)[start:]
+    while True:
+        while len(pending) < batch_size:
+            epoch += 1
+            pending = torch.cat([pending, order(epoch)])
+        yield pending[:batch_size]
+        pending = pending[batch_size:]
+
+
+def fit(
+    head: Head,
+    features: FeatureMaps,
+    images: list[int],
+    config: Config,
+    checkpoint: Path | None = None,
+    identity: dict[str, str] | None = None,
+    *,
+    progress: bool = True,
+) -> History:
+    """Train adaptor and discriminator together on normal images (paper, algorithm 1).
+
+    Parameters
+    ----------
+    head : Head
+        Changed in place; its standardisation is fitted first.
+    features : FeatureMaps
+        Cached features of all images, (n, h, w, C).
+    images : list of int
+        Indices of the images to train on.
+    config : Config
+        Steps, batch size, learning rates, margin and seed.
+    checkpoint : Path, optional
+        Where to keep the state of the training. If the file exists, the
+        training goes on from there and ends with the same bits.
+    identity : dict, optional
+        Names the training; a checkpoint with another identity is refused.
+    progress : bool
+        Show a progress bar on stderr.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After Ctrl-C, once the step is finished and the state is kept.
+    SimpleNetError
+        If the loss is not finite, or the checkpoint belongs to something else.
+    """
+    device = head.standardise.mean.device
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adaptor": torch.optim.AdamW(head.adaptor.parameters(), lr=config.adaptor_lr),
+        "discriminator": torch.optim.Adam(
+            head.discriminator.parameters(), lr=config.discriminator_lr, weight_decay=1e-5
+        ),
+    }
+    curves = torch.zeros(config.steps, 3)
+    done = 0
+    if checkpoint is not None and checkpoint.is_file():
+        done = _resume(checkpoint, head, optimizers, curves, identity or {})
+    if done == 0 and config.standardise:
+        head.standardise.fit(features, images)
+
+    _, height, width, channels = features.shape
+    rows = features.reshape(-1, channels)
+    first_row = torch.tensor(images) * (height * width)
+    count = len(images) * height * width
+    positions = shuffled_positions(count, config.batch_size, config.seed, done)
+    noise = torch.Generator(device)
+    head.train()
+    with (
+        _ctrl_c() as stopped,
+        tqdm(total=config.steps, initial=done, desc="train", disable=not progress) as bar,
+    ):
+        for step in range(done, config.steps):
+            batch = next(positions)
+            index = first_row[batch // (height * width)] + batch % (height * width)
+            vectors = torch.from_numpy(rows[index.numpy()]).to(device).float()
+            noise.manual_seed(config.seed * 1_000_003 + step)
+            normal, noisy = head.normal_and_noisy(vectors[:, :, None, None], noise)
+            loss = margin_loss(normal, noisy, config.margin)
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in optimizers.values():
+                optimizer.step()
+
+            curves[step] = torch.stack(
+                [
+                    loss.detach(),
+                    (normal > config.margin).float().mean(),
+                    (noisy < -config.margin).float().mean(),
+                ]
+            )
+            if not torch.isfinite(curves[step, 0]):
+                raise SimpleNetError(
+                    f"the loss is {curves[step, 0]} at step {step + 1}: the learning rates"
+                    f" ({config.adaptor_lr:g}, {config.discriminator_lr:g}) are too high."
+                )
+            bar.update()
+            done = step + 1
+            if done == config.steps:
+                break
+            due = stopped.is_set() or done % CHECKPOINT_EVERY == 0
+            if checkpoint is not None and due:
+                _keep(checkpoint, head, optimizers, curves, done, identity or {})
+            if stopped.is_set():
+                raise KeyboardInterrupt
+    head.eval()
+    return History(*curves.T)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event, so that the running step can finish."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # only the main thread may handle signals
+        return
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, before)  # a second Ctrl-C stops at once
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _keep(
+    path: Path,
+    head: Head,
+    optimizers: dict[str, torch.optim.Optimizer],
+    curves: Tensor,
+    step: int,
+    identity: dict[str, str],
+) -> None:
+    """Write everything the next step depends on; randomness depends on the step alone."""
+    tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    tensors["curves"] = curves
+    for name, optimizer in optimizers.items():
+        for number, moments in optimizer.state_dict()["state"].items():
+            for moment, tensor in moments.items():
+                tensors[f"{name}.{number}.{moment}"] = tensor
+    write_checkpoint(path, tensors, {**identity, "step": str(step)})
+
+
+def _resume(
+    path: Path,
+    head: Head,
+    optimizers: dict[str, torch.optim.Optimizer],
+    curves: Tensor,
+    identity: dict[str, str],
+) -> int:
+    """Restore what :func:`_keep` wrote and return the number of steps done."""
+    tensors, metadata = read_checkpoint(path)
+    step = metadata.pop("step", "")
+    if metadata != identity:
+        raise SimpleNetError(
+            f"{path}: belongs to a training with another configuration, weights or images."
+            " Remove it, or choose another output folder."
+        )
+    try:
+        curves.copy_(tensors.pop("curves"))
+        for name, optimizer in optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key in [key for key in tensors if key.startswith(f"{name}.")]:
+                _, number, moment = key.split(".")
+                state.setdefault(int(number), {})[moment] = tensors.pop(key)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        load_tensors(
+            head, {key.removeprefix("head."): value for key, value in tensors.items()}, path
+        )
+        return int(step)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise SimpleNetError(f"{path}: damaged ({error}). Remove it to start anew.") from error
+
+
+def train(
+    dataset: ImageFiles,
+    config: Config,
+    *,
+    weights: Path | None = None,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train a detector on normal images: features, head, threshold.
+
+    Parameters
+    ----------
+    dataset : ImageFiles
+        Normal images only, under the transform that ``config`` asks for.
+    config : Config
+        The configuration.
+    weights : Path, optional
+        See :func:`simplenet_lib.weights.find_weights`.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    checkpoint : Path, optional
+        See :func:`fit`.
+    progress : bool
+        Show progress bars on stderr.
+
+    Raises
+    ------
+    ValueError
+        If ``dataset`` holds a defect.
+    SimpleNetError
+        See :func:`fit`, :func:`~simplenet_lib.features.cached_features`.
+    """
+    if any(sample.label for sample in dataset.samples):
+        raise ValueError("a training set holds normal images only")
+    training, held_out = split_images(len(dataset), config.holdout, config.seed)
+    model = SimpleNet(config, find_weights(config.backbone, weights)).to(device)
+
+    start = time.perf_counter()
+    key = json.dumps(
+        [model.weights_digest, config.layers, config.neighbourhood, config.resize, config.crop]
+    )
+    features = cached_features(model.features, dataset, key, progress=progress)
+    seconds_features = time.perf_counter() - start
+
+    start = time.perf_counter()
+    history = fit(
+        model.head, features, training, config, checkpoint, model.identity(), progress=progress
+    )
+    maps = _maps(model, features, held_out)
+    model.threshold = threshold(image_score(maps), config.quantile)
+    model.typical = float(maps.median())
+    seconds_training = time.perf_counter() - start
+    return Trained(model.eval(), history, len(held_out), seconds_features, seconds_training)
+
+
+@torch.inference_mode()
+def _maps(model: SimpleNet, features: FeatureMaps, images: list[int]) -> Tensor:
+    """Anomaly maps, (len(images), H, W), from cached features."""
+    device = model.head.standardise.mean.device
+    maps = []
+    for image in images:
+        values = torch.from_numpy(features[image].astype(np.float32)).to(device)
+        scores = model.head(values.permute(2, 0, 1)[None])
+        maps.append(anomaly_map(scores, model.config.crop, model.config.smoothing).cpu())
+    return torch.cat(maps)

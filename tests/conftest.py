@@ -1,0 +1,91 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from simplenet_lib.config import SimpleNetError
+
+
+class Loopback:
+    """A real HTTP server on 127.0.0.1 whose answers a test sets, well behaved or not."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[BaseHTTPRequestHandler], None] = self.status(404)
+        self.requests: list[str] = []
+        self.closing = threading.Event()
+        loopback = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                loopback.requests.append(self.path)
+                loopback.answer(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def status(self, code: int) -> Callable[[BaseHTTPRequestHandler], None]:
+        """Answer with an HTTP error."""
+        return lambda handler: handler.send_error(code)
+
+    def whole(self, body: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+        """Answer as a server should."""
+        return self.half(body, send=len(body))
+
+    def half(
+        self,
+        body: bytes,
+        *,
+        send: int | None = None,
+        length: bool = True,
+        then: Callable[[], object] = lambda: None,
+    ) -> Callable[[BaseHTTPRequestHandler], None]:
+        """Promise ``body`` but send only its first bytes, do something, and close."""
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            handler.send_response(200)
+            if length:
+                handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body[: len(body) // 2 if send is None else send])
+            handler.wfile.flush()
+            then()
+
+        return answer
+
+    def close(self) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("no_proxy", "*")
+    server = Loopback()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def pretrained():  # type: ignore[no-untyped-def]  # its type would import torch for every test
+    """ResNet-50's pretrained weights. Without them tests skip, but fail in CI."""
+    from simplenet_lib.weights import find_weights
+
+    try:
+        return find_weights("resnet50")
+    except SimpleNetError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
