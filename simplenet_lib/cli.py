@@ -7,7 +7,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -67,7 +66,7 @@ def main() -> None:
     """Run the command; what the user can mend becomes one sentence and exit code 2."""
     try:
         app()
-    except SimpleNetError as error:
+    except (SimpleNetError, OSError) as error:
         print(f"simplenet: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -109,7 +108,8 @@ def train(
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the results [runs/CATEGORY-PRESET-SEED].")
+        Path | None,
+        typer.Option(help="Folder for the results; runs/CATEGORY-PRESET-SEED by default."),
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -130,7 +130,7 @@ def train(
     """
     config = _changed(preset_named(preset, seed=seed), changes or [])
     data, category = _find_data(data, category)
-    output = output or Path("runs") / f"{category}-{preset}-{seed}"
+    output = output or Path("runs") / f"{category}-{preset}-{config.seed}"
     _check_writable(output)
 
     from simplenet_lib.dataset import AnomalyDataset, make_transform
@@ -144,15 +144,18 @@ def train(
     has_test = (data / category / "test").is_dir()
     test = AnomalyDataset(data, category, "test", transform) if has_test else None
     state = output / "training.safetensors"
+    evaluated = None
     try:
         trained = train_model(
             normal, config, weights=weights, device=_device(device), checkpoint=state
         )
+        model = trained.model
+        if test is not None and {sample.label for sample in test.samples} == {0, 1}:
+            evaluated = _timed(evaluate, model, test)
     except KeyboardInterrupt:
-        kept = "Run the same command to go on from there." if state.is_file() else ""
-        print(f"\nStopped. {kept}", file=sys.stderr)
+        kept = " Run the same command to go on from there." if state.is_file() else ""
+        print(f"simplenet: stopped.{kept}", file=sys.stderr)
         raise typer.Exit(130) from None
-    model = trained.model
     report: dict[str, Any] = {
         "dataset": data.resolve().name,
         "category": category,
@@ -168,19 +171,20 @@ def train(
         "versions": _versions(),
         "hardware": _hardware(model),
     }
-    if test is not None and {sample.label for sample in test.samples} == {0, 1}:
-        metrics, predictions, seconds = _timed(evaluate, model, test)
+    written = [output / "model.safetensors", output / "metrics.json"]
+    if evaluated is not None:
+        metrics, predictions, seconds = evaluated
         report |= metrics | _at_threshold(predictions) | {"seconds_evaluation": seconds}
-        _write_examples(output / "examples.png", model, predictions)
+        written.append(output / "examples.png")
+        _write_examples(written[-1], model, predictions)
         _print_metrics(report)
     else:
         print("No test images with and without a defect: nothing to evaluate.")
-    model.save(output / "model.safetensors")
-    write_whole(output / "metrics.json", (json.dumps(report, indent=2) + "\n").encode())
+    model.save(written[0])
+    write_whole(written[1], (json.dumps(report, indent=2) + "\n").encode())
     state.unlink(missing_ok=True)
-    for name in ("model.safetensors", "metrics.json", "examples.png"):
-        if (output / name).is_file():
-            print(output / name)
+    for path in written:
+        print(path)
 
 
 @app.command()
@@ -220,11 +224,13 @@ def predict(
     The white line in an overlay encloses what is more anomalous than the
     threshold. A folder that an earlier `predict` wrote is replaced.
     """
-    ours = (output / "predictions.csv").is_file()
-    if output.is_file() or (output.is_dir() and not ours and any(output.iterdir())):
+    ours = {"predictions.csv", "overlays"}
+    if os.path.lexists(output) and not (
+        output.is_dir() and {path.name for path in output.iterdir()} in (set(), ours)
+    ):
         raise SimpleNetError(f"{output}: exists and holds something else. Choose another.")
     found = _find_images(images, output)
-    _check_writable(output)
+    _check_writable(output.absolute().parent)
 
     from simplenet_lib.dataset import ImageFiles, Sample, make_transform, read_image
     from simplenet_lib.localization import predict as predict_images
@@ -253,9 +259,10 @@ def predict(
                 anomalous += prediction.anomalous
                 score, limit = f"{prediction.score:.6g}", f"{net.threshold:.6g}"
                 writer.writerow([path, score, limit, verdict, name])
-            (staged / "predictions.csv").write_text(table.getvalue(), newline="")
+            text = table.getvalue().encode(errors="surrogateescape")
+            (staged / "predictions.csv").write_bytes(text)
             if output.exists():
-                shutil.rmtree(output)
+                os.replace(output, Path(scratch) / "earlier")
             os.replace(staged, output)
     except OSError as error:
         raise SimpleNetError(f"{output}: could not be written ({error}).") from error
@@ -295,8 +302,9 @@ def _find_data(data: Path | None, category: str | None) -> tuple[Path, str]:
     if data is None:
         from simplenet_lib.synthetic import generate
 
-        print(f"Using the synthetic data set in {SYNTHETIC}.")
-        return generate(SYNTHETIC), category or "nut"
+        category = category or "nut"
+        print(f"Using '{category}' of the synthetic data set in {SYNTHETIC}.")
+        return generate(SYNTHETIC), category
     if not data.is_dir():
         raise SimpleNetError(f"{data}: no such folder.")
     if category is None:

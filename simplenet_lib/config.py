@@ -25,7 +25,7 @@ class Config:
     backbone : str
         A torchvision ResNet, such as ``"resnet50"``.
     layers : tuple of str
-        Outputs to use, from fine to coarse; the first one sets the grid.
+        Outputs to use; the first one sets the grid.
     resize, crop : int
         Side in pixels to which an image is resized (without keeping its aspect
         ratio), and of the central square that is then cut out.
@@ -125,7 +125,9 @@ class Config:
         """Read a configuration; a wrong name, type or range raises SimpleNetError."""
         try:
             values: dict[str, Any] = json.loads(text)
-            return cls(**{**values, "layers": tuple(values["layers"])})
+            if isinstance(values["layers"], list):  # JSON has no tuples
+                values["layers"] = tuple(values["layers"])
+            return cls(**values)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise SimpleNetError(f"not a SimpleNet configuration ({error}).") from error
 
@@ -144,10 +146,11 @@ PRESETS = {
         batchnorm=False,
         sigma=0.015,
         steps=4000,
-        batch_size=4096,
+        batch_size=1024,
     ),
     "fast": Config(
         preset="fast",
+        layers=("layer2", "layer1", "layer3"),
         resize=320,
         crop=320,
         neighbourhood=3,
@@ -158,6 +161,9 @@ PRESETS = {
         sigma=0.5,
         steps=100,
         batch_size=2048,
+        adaptor_lr=3e-4,
+        discriminator_lr=6e-4,
+        smoothing=5.0,
     ),
     "paper": Config(
         preset="paper",

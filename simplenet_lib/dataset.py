@@ -18,7 +18,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -66,18 +66,13 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Image.Image:
-    """Decode an image completely, upright, with one 8-bit mode or RGB."""
+    """Decode an image completely and turn it upright."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16 bit: 65535 is white
-        values = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255)
-        return Image.fromarray(values.astype(np.uint8))
-    if image.mode == "F":
-        raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
     return image
 
 
@@ -89,18 +84,26 @@ def read_image(path: Path) -> Image.Image:
     SimpleNetError
         If the file is missing, damaged, too large to be a photograph, or not an image.
     """
-    return _open(path).convert("RGB")
+    image = _open(path)
+    if image.mode == "F":
+        raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
+    if image.mode.startswith("I"):  # 16 bit: 65535 is white
+        values = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255)
+        image = Image.fromarray(values.astype(np.uint8))
+    return image.convert("RGB")
 
 
 def read_mask(path: Path) -> Image.Image:
-    """Read a mask with the values 0 and 255, or 0 and 1, as an 8-bit image of 0 and 1.
+    """Read a mask whose values are 0 and any other, mostly 255 or 1, as 8-bit 0 and 1.
 
     Raises
     ------
     SimpleNetError
         If the file is missing, damaged, or not an image.
     """
-    values = np.asarray(_open(path).convert("L"))
+    image = _open(path)
+    values = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
+    # Half the maximum, not 0: JPEG leaves faint traces around a mask.
     return Image.fromarray((values > values.max() / 2).astype(np.uint8))
 
 
@@ -147,15 +150,7 @@ class ImageFiles(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         sample = self.samples[index]
-        picture = read_image(sample.image)
-        if sample.mask is None:
-            marked = Image.new("L", picture.size)
-        else:
-            marked = read_mask(sample.mask)
-            if marked.size != picture.size:
-                raise SimpleNetError(
-                    f"{sample.mask}: {_size(marked)}, but its image is {_size(picture)}."
-                )
+        picture, marked = _read(sample)
         image, mask = self.transform(
             tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
             tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
@@ -190,8 +185,8 @@ class AnomalyDataset(ImageFiles):
     Raises
     ------
     SimpleNetError
-        If a folder is missing or empty, a mask has no image, or only some of
-        the defect images have a mask.
+        If a folder is missing or empty, a mask has no image or another size, or
+        only some of the defect images have a mask.
     """
 
     def __init__(
@@ -199,6 +194,9 @@ class AnomalyDataset(ImageFiles):
     ) -> None:
         folder = _category_folder(root, category)
         samples = _train_samples(folder) if split == "train" else _test_samples(folder)
+        for sample in samples:  # a wrong mask is found now, not after a training
+            if sample.mask is not None and _header(sample.image) != _header(sample.mask):
+                _read(sample)
         super().__init__(samples, transform)
         defects = [sample for sample in samples if sample.label]
         self.has_masks = bool(defects) and all(sample.mask for sample in defects)
@@ -207,6 +205,28 @@ class AnomalyDataset(ImageFiles):
 def categories(root: Path) -> list[str]:
     """Names of the folders in ``root`` that hold a category, sorted."""
     return sorted(path.name for path in root.iterdir() if (path / "train").is_dir())
+
+
+def _read(sample: Sample) -> tuple[Image.Image, Image.Image]:
+    """Read an image and its mask, empty if it has none, which must have the same size."""
+    picture = read_image(sample.image)
+    if sample.mask is None:
+        return picture, Image.new("L", picture.size)
+    mask = read_mask(sample.mask)
+    if mask.size != picture.size:
+        raise SimpleNetError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
+    return picture, mask
+
+
+def _header(path: Path) -> tuple[tuple[int, int], int]:
+    """Size and orientation as the file's header states them, without decoding its pixels."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            # Without this condition Pillow decodes a PNG to look for the orientation behind it.
+            exif = file.getexif() if "exif" in file.info else {}
+            return file.size, exif.get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # as in _open
+        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
 
 
 def _size(image: Image.Image) -> str:
@@ -245,8 +265,8 @@ def _test_samples(folder: Path) -> list[Sample]:
     if not test.is_dir():
         raise SimpleNetError(f"{test}: no such folder.")
     samples: list[Sample] = []
-    for defect in sorted(path.name for path in test.iterdir() if path.is_dir()):
-        images = image_files(test / defect)
+    for defect in sorted(_folders(test) | _folders(folder / "ground_truth")):
+        images = image_files(test / defect) if (test / defect).is_dir() else []
         masks = {} if defect == "good" else _masks(folder / "ground_truth" / defect)
         for image in images:
             mask = masks.pop(f"{image.stem}_mask", None) or masks.pop(image.stem, None)
@@ -264,6 +284,12 @@ def _test_samples(folder: Path) -> list[Sample]:
             f" {len(defects)} defect images are like it. Give every one a mask, or none."
         )
     return samples
+
+
+def _folders(folder: Path) -> set[str]:
+    """Names of the folders inside ``folder``, hidden ones left out; none if it is missing."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return {path.name for path in inside if path.is_dir() and not path.name.startswith(".")}
 
 
 def _masks(folder: Path) -> dict[str, Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +53,17 @@ def build_backbone(name: str, weights: Weights) -> models.ResNet:
 class FrozenFeatures(nn.Module):
     """Outputs of a frozen backbone's layers on one grid (paper, section 3.1).
 
-    Every layer is averaged over a neighbourhood of positions, resized to the
-    grid of the first layer, and joined to the others along the channels. No
-    parameter is trained, and ``train()`` cannot wake the BatchNorm statistics.
+    The first layer sets the grid. A finer layer is averaged down to it; then
+    every layer is averaged over a neighbourhood of positions; a coarser layer is
+    interpolated up to it; and all are joined along the channels. No parameter
+    is trained, and ``train()`` cannot wake the BatchNorm statistics.
 
     Parameters
     ----------
     backbone : str
         A torchvision ResNet by name.
     layers : sequence of str
-        ``"layer1"`` to ``"layer4"``, from fine to coarse.
+        Some of ``"layer1"`` to ``"layer4"``; the first one sets the grid.
     weights : Weights
         The pretrained parameters, from :func:`simplenet_lib.weights.find_weights`.
     neighbourhood : int
@@ -105,6 +108,8 @@ class FrozenFeatures(nn.Module):
         maps = []
         for layer in self.layers:
             features = outputs[layer]
+            if features.shape[-1] > size[-1]:
+                features = F.adaptive_avg_pool2d(features, size)
             if self.neighbourhood > 1:
                 features = F.avg_pool2d(
                     features,
@@ -113,7 +118,7 @@ class FrozenFeatures(nn.Module):
                     padding=self.neighbourhood // 2,
                     count_include_pad=False,
                 )
-            if features.shape[-2:] != size:
+            if features.shape[-1] < size[-1]:
                 features = F.interpolate(features, size, mode="bilinear", align_corners=False)
             maps.append(features)
         return torch.cat(maps, dim=1)
@@ -209,27 +214,40 @@ def cached_features(
     """
     digest = hashlib.sha256(key.encode())
     for sample in dataset.samples:
-        digest.update(sha256_of(sample.image).encode())
-    path = cache_folder() / f"{digest.hexdigest()}.npy"
-    if not path.is_file():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_features(extractor, dataset, path, progress)
-            _forget_oldest(path)
+            digest.update(sha256_of(sample.image).encode())
         except OSError as error:
-            raise SimpleNetError(
-                f"{path.parent}: the feature cache could not be written ({error})."
-                " Free some space, or set SIMPLENET_CACHE to another folder."
-            ) from error
-    os.utime(path)  # the most recently used entry is forgotten last
-    return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+            raise SimpleNetError(f"{sample.image}: could not be read ({error}).") from error
+    path = cache_folder() / f"{digest.hexdigest()}.npy"
+    try:
+        return _read_features(path)
+    except (OSError, EOFError, ValueError):  # not there, or damaged
+        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_features(extractor, dataset, path, progress)
+        _forget_oldest(path)
+        return _read_features(path)
+    except OSError as error:
+        raise SimpleNetError(
+            f"{path.parent}: the feature cache could not be written ({error})."
+            " Free some space, or set SIMPLENET_CACHE to another folder."
+        ) from error
+
+
+def _read_features(path: Path) -> FeatureMaps:
+    features: FeatureMaps = np.load(path, mmap_mode="r", allow_pickle=False)
+    with suppress(OSError):  # the folder may be another user's
+        os.utime(path)  # the most recently used entry is forgotten last
+    return features
 
 
 def _write_features(
     extractor: FrozenFeatures, dataset: ImageFiles, path: Path, progress: bool
 ) -> None:
     device = next(extractor.parameters()).device
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    # Process numbers alone can clash on a disk that several machines share.
+    partial = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
     loader = DataLoader(dataset, batch_size=FEATURE_BATCH)
     try:
         # Plain writes, not a writable memory map: on a full disk a write raises
@@ -261,9 +279,14 @@ def _write_features(
 
 def _forget_oldest(newest: Path) -> None:
     """Remove the least recently used entries beyond the cache's size limit."""
-    entries = sorted(newest.parent.glob("*.npy"), key=lambda entry: entry.stat().st_mtime)
-    size = sum(entry.stat().st_size for entry in entries)
-    for entry in entries:
+    # A hash is 64 digits: the folder may also hold files of the user's own. What a
+    # killed process left behind ends in .partial and counts as well.
+    entries = []
+    for entry in newest.parent.glob("[0-9a-f]" * 64 + ".*"):
+        with suppress(FileNotFoundError):  # another process may forget entries, too
+            entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry))
+    size = sum(entry_size for _, entry_size, _ in entries)
+    for _, entry_size, entry in sorted(entries):
         if size > CACHE_LIMIT_BYTES and entry != newest:
-            size -= entry.stat().st_size
-            entry.unlink()
+            size -= entry_size
+            entry.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -88,10 +89,10 @@ class SimpleNet(nn.Module):
         super().__init__()
         self.config = config
         self.weights_digest = weights.digest
-        self.features = FrozenFeatures(
-            config.backbone, config.layers, weights, config.neighbourhood
-        )
         with torch.random.fork_rng(devices=[]):
+            self.features = FrozenFeatures(
+                config.backbone, config.layers, weights, config.neighbourhood
+            )
             torch.manual_seed(config.seed)
             self.head = Head(self.features.channels, config)
         self.threshold = math.nan
@@ -115,6 +116,19 @@ class SimpleNet(nn.Module):
             "weights": self.weights_digest,
         }
 
+    def feature_key(self) -> str:
+        """What the frozen features depend on, apart from the images."""
+        config = self.config
+        return json.dumps(
+            [
+                self.weights_digest,
+                config.layers,
+                config.neighbourhood,
+                config.resize,
+                config.crop,
+            ]
+        )
+
     @classmethod
     def load(cls, path: Path, weights: Path | None = None) -> SimpleNet:
         """Read what :meth:`save` wrote. Nothing in the file is executed.
@@ -133,7 +147,19 @@ class SimpleNet(nn.Module):
             other pretrained weights than those found here.
         """
         tensors, metadata = read_checkpoint(path)
-        config = Config.from_json(metadata.get("config", ""))
+        try:
+            config = Config.from_json(metadata.get("config", ""))
+            threshold, typical = float(metadata["threshold"]), float(metadata["typical"])
+        except SimpleNetError as error:
+            raise SimpleNetError(f"{path}: {error}") from error
+        except (KeyError, ValueError) as error:
+            raise SimpleNetError(f"{path}: holds no threshold ({error}).") from error
+        if not (math.isfinite(threshold) and math.isfinite(typical)):
+            raise SimpleNetError(f"{path}: holds no threshold; the model was never trained.")
+        # On the device "meta" nothing is allocated, however large the configuration says it is.
+        with torch.device("meta"):
+            channels = tensors.get("standardise.mean", torch.empty(1)).numel()
+            check_tensors(tensors, Head(channels, config).state_dict(), path)
         found = find_weights(config.backbone, weights)
         if found.digest != metadata.get("weights"):
             raise SimpleNetError(
@@ -141,12 +167,9 @@ class SimpleNet(nn.Module):
                 f" {found.source}. Point SIMPLENET_WEIGHTS at the weights it was trained on."
             )
         model = cls(config, found)
-        load_tensors(model.head, tensors, path)
-        try:
-            model.threshold = float(metadata["threshold"])
-            model.typical = float(metadata["typical"])
-        except (KeyError, ValueError) as error:
-            raise SimpleNetError(f"{path}: holds no threshold ({error}).") from error
+        check_tensors(tensors, model.head.state_dict(), path)
+        model.head.load_state_dict(tensors)
+        model.threshold, model.typical = threshold, typical
         return model.eval()
 
 
@@ -158,8 +181,10 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
     SimpleNetError
         If ``path`` cannot be written; an older file there is then untouched.
     """
+    # One entry: safetensors writes several in random order, and equal models must be equal files.
+    entry = {"simplenet": json.dumps(metadata, sort_keys=True)}
     data = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, entry
     )
     write_whole(path, data)
 
@@ -191,26 +216,33 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise SimpleNetError(f"{path}: no such checkpoint.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("simplenet", "{}"))
+            if (
+                not isinstance(metadata, dict)
+                or not all(isinstance(value, str) for value in metadata.values())
+                or metadata.get("format") != CHECKPOINT_FORMAT
+            ):
+                raise SimpleNetError(
+                    f"{path}: not a checkpoint of this program ({CHECKPOINT_FORMAT})."
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise SimpleNetError(f"{path}: not a readable checkpoint ({error}).") from error
-    if metadata.get("format") != CHECKPOINT_FORMAT:
-        raise SimpleNetError(f"{path}: not a checkpoint of this program ({CHECKPOINT_FORMAT}).")
     return tensors, metadata
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Fill ``module`` with ``tensors``, which must be exactly those it has.
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
+) -> None:
+    """Check that the tensors of the file ``path`` have the names and shapes of ``expected``.
 
     Raises
     ------
     SimpleNetError
         If one is missing, surplus, of another shape or type, or not finite.
     """
-    expected = module.state_dict()
     if tensors.keys() != expected.keys():
-        name = sorted(tensors.keys() ^ expected.keys())[0]
+        name = min(tensors.keys() ^ expected.keys())
         raise SimpleNetError(f"{path}: its tensors do not fit its configuration ({name}).")
     for name, tensor in tensors.items():
         want = expected[name]
@@ -221,4 +253,3 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
             )
         if not torch.isfinite(tensor).all():
             raise SimpleNetError(f"{path}: {name} holds values that are not finite.")
-    module.load_state_dict(dict(tensors))

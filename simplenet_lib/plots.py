@@ -29,9 +29,10 @@ def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, in
     tuple of int
         Left, top, right, bottom in pixels.
     """
-    share = (1 - config.crop / config.resize) / 2
-    left, top = round(width * share), round(height * share)
-    return left, top, width - left, height - top
+    offset = round((config.resize - config.crop) / 2)  # as CenterCrop rounds it
+    left, right = (round(width * at / config.resize) for at in (offset, offset + config.crop))
+    top, bottom = (round(height * at / config.resize) for at in (offset, offset + config.crop))
+    return left, top, right, bottom
 
 
 def overlay(
@@ -74,7 +75,8 @@ def overlay(
     inside = Image.fromarray(((level > 1) * 255).astype(np.uint8))
     result.paste(Image.new("RGB", size, "white"), box[:2], _outline(inside))
     if config.crop < config.resize:
-        ImageDraw.Draw(result).rectangle(box, outline="white")
+        left, top, right, bottom = box  # a frame around what is seen, not on it
+        ImageDraw.Draw(result).rectangle((left - 1, top - 1, right, bottom), outline="white")
     return result
 
 

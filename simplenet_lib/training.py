@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.dataset import ImageFiles
+from simplenet_lib.download import sha256_of
 from simplenet_lib.features import FeatureMaps, cached_features
 from simplenet_lib.localization import anomaly_map, image_score, threshold
 from simplenet_lib.loss import margin_loss
-from simplenet_lib.model import Head, SimpleNet, load_tensors, read_checkpoint, write_checkpoint
+from simplenet_lib.model import Head, SimpleNet, check_tensors, read_checkpoint, write_checkpoint
 from simplenet_lib.weights import find_weights
 
 CHECKPOINT_EVERY = 50  # steps
@@ -183,9 +184,8 @@ def fit(
                 )
             bar.update()
             done = step + 1
-            if done == config.steps:
-                break
-            due = stopped.is_set() or done % CHECKPOINT_EVERY == 0
+            # After the last step too: what follows the training may fail or be stopped.
+            due = stopped.is_set() or done % CHECKPOINT_EVERY == 0 or done == config.steps
             if checkpoint is not None and due:
                 _keep(checkpoint, head, optimizers, curves, done, identity or {})
             if stopped.is_set():
@@ -239,27 +239,35 @@ def _resume(
     identity: dict[str, str],
 ) -> int:
     """Restore what :func:`_keep` wrote and return the number of steps done."""
-    tensors, metadata = read_checkpoint(path)
-    step = metadata.pop("step", "")
-    if metadata != identity:
-        raise SimpleNetError(
-            f"{path}: belongs to a training with another configuration, weights or images."
-            " Remove it, or choose another output folder."
-        )
+    expected = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    expected["curves"] = curves
+    for name, optimizer in optimizers.items():
+        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            expected |= {f"{name}.{number}.{moment}": tensor for moment, tensor in like.items()}
     try:
-        curves.copy_(tensors.pop("curves"))
-        for name, optimizer in optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for key in [key for key in tensors if key.startswith(f"{name}.")]:
-                _, number, moment = key.split(".")
-                state.setdefault(int(number), {})[moment] = tensors.pop(key)
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        load_tensors(
-            head, {key.removeprefix("head."): value for key, value in tensors.items()}, path
-        )
-        return int(step)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise SimpleNetError(f"{path}: damaged ({error}). Remove it to start anew.") from error
+        tensors, metadata = read_checkpoint(path)
+        step = metadata.pop("step", "")
+        if metadata != identity:
+            raise SimpleNetError(
+                f"{path}: belongs to a training with another configuration, weights or images."
+            )
+        check_tensors(tensors, expected, path)
+        if not step.isdecimal() or not 0 < int(step) <= len(curves):
+            raise SimpleNetError(f"{path}: '{step[:20]}' is no step of this training.")
+    except SimpleNetError as error:
+        raise SimpleNetError(
+            f"{error} Remove it to start anew, or choose another output folder."
+        ) from error
+    head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()})
+    curves.copy_(tensors["curves"])
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key in (key for key in tensors if key.startswith(f"{name}.")):
+            _, index, moment = key.split(".")
+            state.setdefault(int(index), {})[moment] = tensors[key]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return int(step)
 
 
 def train(
@@ -301,17 +309,14 @@ def train(
     model = SimpleNet(config, find_weights(config.backbone, weights)).to(device)
 
     start = time.perf_counter()
-    key = json.dumps(
-        [model.weights_digest, config.layers, config.neighbourhood, config.resize, config.crop]
-    )
-    features = cached_features(model.features, dataset, key, progress=progress)
+    features = cached_features(model.features, dataset, model.feature_key(), progress=progress)
     seconds_features = time.perf_counter() - start
 
     start = time.perf_counter()
-    history = fit(
-        model.head, features, training, config, checkpoint, model.identity(), progress=progress
-    )
-    maps = _maps(model, features, held_out)
+    images = "".join(sha256_of(sample.image) for sample in dataset.samples)
+    identity = {**model.identity(), "images": hashlib.sha256(images.encode()).hexdigest()}
+    history = fit(model.head, features, training, config, checkpoint, identity, progress=progress)
+    maps = cached_maps(model, features, held_out)
     model.threshold = threshold(image_score(maps), config.quantile)
     model.typical = float(maps.median())
     seconds_training = time.perf_counter() - start
@@ -319,8 +324,8 @@ def train(
 
 
 @torch.inference_mode()
-def _maps(model: SimpleNet, features: FeatureMaps, images: list[int]) -> Tensor:
-    """Anomaly maps, (len(images), H, W), from cached features."""
+def cached_maps(model: SimpleNet, features: FeatureMaps, images: Sequence[int]) -> Tensor:
+    """Anomaly maps, (len(images), H, W), of images whose features are cached."""
     device = model.head.standardise.mean.device
     maps = []
     for image in images:
