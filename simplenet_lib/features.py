@@ -164,7 +164,7 @@ class Standardise(nn.Module):
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
         self.mean.copy_(mean)
-        self.std.copy_(std + self.FLOOR * std.mean())
+        self.std.copy_((std + self.FLOOR * std.mean()).clamp_min(1e-6))
         self.limit.fill_(self.LIMIT)
 
     def forward(self, features: Tensor) -> Tensor:

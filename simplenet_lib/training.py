@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
 import threading
 import time
@@ -84,7 +85,9 @@ def shuffled_positions(count: int, batch_size: int, seed: int, step: int) -> Ite
     epoch, start = divmod(step * batch_size, count)
 
     def order(number: int) -> Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed + number))
+        return torch.randperm(
+            count, generator=torch.Generator().manual_seed(seed * 1_000_003 + number)
+        )
 
     pending = order(epoch)[start:]
     while True:
@@ -253,7 +256,7 @@ def _resume(
                 f"{path}: belongs to a training with another configuration, weights or images."
             )
         check_tensors(tensors, expected, path)
-        if not step.isdecimal() or not 0 < int(step) <= len(curves):
+        if not re.fullmatch("[0-9]{1,10}", step) or not 0 < int(step) <= len(curves):
             raise SimpleNetError(f"{path}: '{step[:20]}' is no step of this training.")
     except SimpleNetError as error:
         raise SimpleNetError(

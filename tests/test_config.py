@@ -5,10 +5,12 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simplenet_lib.config import PRESETS, Config, SimpleNetError, preset
+
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Config)}
 WRONG_TYPES = {
@@ -37,6 +39,10 @@ WRONG_VALUES = {
 }
 
 
+def test_every_number_has_limits():
+    assert set(WRONG_VALUES) == {name for name in FIELDS if FIELDS[name] in ("int", "float")}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_carry_their_name(name):
     assert PRESETS[name].preset == name
@@ -56,9 +62,7 @@ def test_wrong_types_are_refused_by_name(name):
             preset("fast", **{name: value})
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, kind in FIELDS.items() if kind in ("int", "float")]
-)
+@pytest.mark.parametrize("name", WRONG_VALUES)
 def test_values_out_of_range_are_refused_by_name(name):
     start = dataclasses.replace(PRESETS["fast"], resize=320, crop=320)
     wrong = WRONG_VALUES[name] + ([math.nan, math.inf, 10**400] if FIELDS[name] == "float" else [])
@@ -102,12 +106,18 @@ configurations = st.builds(
 )
 
 
+@relaxed
 @given(configurations)
 def test_json_gives_back_an_equal_configuration(config):
     text = config.to_json()
     assert "\n" not in text and text.isascii()
     assert Config.from_json(text) == config
     assert Config.from_json(text).to_json() == text
+
+
+def changed(**values: object) -> str:
+    """The preset ``fast`` as JSON, with some values changed or added."""
+    return json.dumps({**json.loads(PRESETS["fast"].to_json()), **values})
 
 
 def check_never_crashes(text: str) -> None:
@@ -127,21 +137,25 @@ values = st.recursive(
 )
 
 
+@relaxed
 @given(st.text())
 def test_any_text_is_read_or_refused(text):
     check_never_crashes(text)
 
 
+@relaxed
 @given(values)
 def test_any_json_is_read_or_refused(value):
     check_never_crashes(json.dumps(value))
 
 
+@relaxed
 @given(st.dictionaries(st.sampled_from([*FIELDS, "self", "cls", "", "Steps"]), values, min_size=1))
 def test_any_changed_field_is_read_or_refused(changes):
-    check_never_crashes(json.dumps({**json.loads(PRESETS["fast"].to_json()), **changes}))
+    check_never_crashes(changed(**changes))
 
 
+@relaxed
 @given(st.sampled_from(sorted(FIELDS)))
 def test_a_missing_field_never_crashes(name):
     start = json.loads(PRESETS["fast"].to_json())
@@ -160,11 +174,11 @@ def test_a_missing_field_never_crashes(name):
         "[" * 100_000,
         '{"layers":' * 100_000,
         '{"layers": ["layer2"], "steps": ' + "9" * 5000 + "}",
-        PRESETS["fast"].to_json().replace('["layer2", "layer3"]', '"layer2"'),
-        PRESETS["fast"].to_json().replace('["layer2", "layer3"]', '{"layer2": 1}'),
-        PRESETS["fast"].to_json().replace('["layer2", "layer3"]', '[["layer2"]]'),
-        PRESETS["fast"].to_json().replace('"seed": 0', '"seed": NaN'),
-        PRESETS["fast"].to_json().replace('"seed": 0', '"seeds": 0'),
+        changed(layers="layer2"),
+        changed(layers={"layer2": 1}),
+        changed(layers=[["layer2"]]),
+        changed(seed=math.nan),
+        changed(seeds=0),
         PRESETS["fast"].to_json()[:-1],
     ],
     ids=range(14),

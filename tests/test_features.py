@@ -1,6 +1,7 @@
 """The frozen backbone against a plain forward pass, and the cache against everything at once."""
 
 import gc
+import hashlib
 import multiprocessing
 import os
 import resource
@@ -429,16 +430,16 @@ def test_full_disk_is_found_before_writing(cache, counted, dataset, monkeypatch)
     assert names(cache) == []
 
 
-def in_children(count: int, work: Callable[[int], object]) -> list[object]:
-    """What ``work`` returns in ``count`` copies of this process that run at once."""
+def in_children(count: int, work: Callable[[], str]) -> list[str]:
+    """The short text that ``work`` returns in ``count`` copies of this process at once."""
     context = multiprocessing.get_context("fork")  # spawned ones would import torch again
     queue = context.SimpleQueue()
 
-    def child(number: int) -> None:
+    def child() -> None:
         torch.set_num_threads(1)  # as in the loader's workers: OpenMP's threads did not come along
-        queue.put(work(number))
+        queue.put(work())
 
-    processes = [context.Process(target=child, args=(number,)) for number in range(count)]
+    processes = [context.Process(target=child, daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -450,7 +451,7 @@ def in_children(count: int, work: Callable[[int], object]) -> list[object]:
 def test_disk_that_fills_up_while_writing(cache, counted, dataset):
     """A limit on the size of a file fails a write in its middle, as a full disk does."""
 
-    def work(_: int) -> str:
+    def work() -> str:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
         with pytest.raises(SimpleNetError) as caught:
@@ -472,11 +473,11 @@ def test_two_processes_at_once_leave_one_whole_entry(cache, counted, dataset):
             return super().__getitem__(index)
 
     together = Together(dataset.samples, dataset.transform)
-    found = in_children(2, lambda _: cached(counted, together).tobytes())
+    found = in_children(2, lambda: hashlib.sha256(cached(counted, together)).hexdigest())
     assert len(names(cache)) == 1
     entry = cached(counted, dataset)
     assert counted.calls == 0  # here: the children counted their own
-    assert found == [entry.tobytes()] * 2
+    assert found == [hashlib.sha256(entry).hexdigest()] * 2
 
 
 def test_partial_files_of_two_processes_have_two_names(cache, counted, dataset, monkeypatch):

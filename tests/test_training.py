@@ -175,8 +175,8 @@ def test_loss_falls_and_shares_rise() -> None:
     torch.manual_seed(0)
     head = Head(16, config)
     history = fit(head, plane.astype(np.float16), list(range(8)), config, progress=False)
-    assert history.loss[:5].mean() > 0.8
-    assert history.loss[-20:].mean() < 0.5
+    assert history.loss[0] > 0.5
+    assert history.loss[-20:].mean() < 0.1
     for share in (history.normal, history.noisy):
         assert 0 <= share.min() <= share.max() <= 1
         assert share[-20:].mean() > share[:5].mean() + 0.3

@@ -1,0 +1,427 @@
+"""The command as a user meets it: what it writes, and one sentence for every mistake."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+from typer.testing import CliRunner
+
+from simplenet_lib import cli, training
+from simplenet_lib.cli import app
+from simplenet_lib.synthetic import generate
+
+ROOT = Path(__file__).parent.parent
+TINY = ["backbone=resnet18", "layers=layer2", "resize=64", "crop=64", "steps=3", "batch_size=32"]
+SET = [part for change in TINY for part in ("--set", change)]
+PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "aupro"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Random weights under resnet18's name, and a feature cache of our own."""
+    folder = tmp_path_factory.mktemp("surroundings")
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIMPLENET_WEIGHTS", str(folder))
+        patch.setenv("SIMPLENET_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 17 small images with the one category 'cloth'."""
+    root = tmp_path_factory.mktemp("data") / "set"
+    return generate(root, categories=["cloth"], train=8, test_good=2, test_per_defect=1, size=64)
+
+
+@pytest.fixture
+def data(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to damage, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pristine, "data")
+    return Path("data")
+
+
+@pytest.fixture(scope="module")
+def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "run"
+    simplenet("train", "--data", pristine, "--output", output, *SET)
+    return output
+
+
+def simplenet(*arguments: object) -> str:
+    """Run a command that works, and return what it prints on stdout."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.stdout
+
+
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Run a command that must fail as mistakes do, and return its one sentence."""
+
+    def run(*arguments: object) -> str:
+        before = set(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["simplenet", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        _, stderr = capsys.readouterr()
+        bars = ("features:", "train:", "predict:")  # progress may stand before the sentence
+        (sentence,) = (line for line in stderr.splitlines() if line and not line.startswith(bars))
+        assert sentence.startswith("simplenet: ")
+        assert "Traceback" not in stderr
+        assert set(tmp_path.rglob("*")) == before, "something half-written was left behind"
+        return sentence
+
+    return run
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistakes in the test folder are noticed before a training is paid for."""
+
+    def paid(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the training was started")
+
+    monkeypatch.setattr(training, "train", paid)
+
+
+# Once through -------------------------------------------------------------------------
+
+
+def test_train_writes_model_metrics_and_examples(trained: Path) -> None:
+    assert {p.name for p in trained.iterdir()} == {
+        "model.safetensors",
+        "metrics.json",
+        "examples.png",
+    }
+    metrics = json.loads((trained / "metrics.json").read_text())
+    timings = {"seconds_features", "seconds_training", "seconds_evaluation"}
+    names = {"dataset", "category", "preset", "seed", "steps", "config", "versions", "hardware"}
+    scores = {"image_auroc", "image_ap", "image_f1max", *PIXEL_KEYS}
+    rates = {"false_alarm_rate", "detection_rate"}
+    assert metrics.keys() >= names | timings | scores | rates
+    assert all(0 <= metrics[name] <= 1 for name in scores | rates)
+    assert all(metrics[name] >= 0 for name in timings)
+    assert metrics["dataset"] == "set"
+    assert metrics["category"] == "cloth"
+    assert (metrics["preset"], metrics["seed"], metrics["steps"]) == ("fast", 0, 3)
+    assert metrics["config"]["backbone"] == "resnet18"
+    assert metrics["train_images"] + metrics["held_out_images"] == 8
+    with Image.open(trained / "examples.png") as picture:
+        picture.load()
+
+
+def test_evaluate_agrees_with_train(trained: Path, pristine: Path) -> None:
+    printed = simplenet("evaluate", trained, "--data", pristine)
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert f"image AUROC                      {metrics['image_auroc']:.3f}" in printed
+    assert f"AUPRO (to 30% FPR)               {metrics['aupro']:.3f}" in printed
+
+
+def test_same_seed_same_model_and_the_seed_is_recorded(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    simplenet("train", "--data", data, "--output", "again", *SET)
+    again = Path("again/model.safetensors").read_bytes()
+    assert again == (trained / "model.safetensors").read_bytes()
+    simplenet("train", "--data", data, *SET, "--set", "seed=4")
+    output = tmp_path / "runs" / "cloth-fast-4"
+    assert json.loads((output / "metrics.json").read_text())["seed"] == 4
+    assert (output / "model.safetensors").read_bytes() != again
+
+
+def test_train_without_masks_and_without_test_images(data: Path) -> None:
+    shutil.rmtree(data / "cloth" / "ground_truth")
+    printed = simplenet("train", "--data", data, "--output", "run", *SET)
+    assert "no masks" in printed
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert "image_auroc" in metrics
+    assert not PIXEL_KEYS & metrics.keys()
+    shutil.rmtree(data / "cloth" / "test")
+    printed = simplenet("train", "--data", data, "--output", "bare", *SET)
+    assert "nothing to evaluate" in printed
+    assert {p.name for p in Path("bare").iterdir()} == {"model.safetensors", "metrics.json"}
+    assert "image_auroc" not in json.loads(Path("bare/metrics.json").read_text())
+
+
+def test_info_describes_the_model(trained: Path) -> None:
+    printed = simplenet("info", trained)
+    assert "threshold" in printed
+    assert "backbone         resnet18" in printed
+
+
+# Predict ------------------------------------------------------------------------------
+
+
+def rows(output: str = "predictions") -> list[dict[str, str]]:
+    with (Path(output) / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predict_a_folder_keeps_its_names(trained: Path, data: Path) -> None:
+    test = data / "cloth" / "test"
+    Image.new("RGB", (90, 50)).save(test / "wide one, größer.jpg")
+    simplenet("predict", trained, test)
+    table = rows()
+    assert list(table[0]) == ["image", "score", "threshold", "verdict", "overlay"]
+    images = sorted(p for p in test.rglob("*.*"))
+    assert sorted(row["image"] for row in table) == [str(p) for p in images]
+    for row in table:
+        name = Path(row["image"]).relative_to(test).with_suffix(".png")
+        assert row["overlay"] == str("overlays" / name)
+        anomalous = float(row["score"]) > float(row["threshold"])
+        assert row["verdict"] == ("anomalous" if anomalous else "normal")
+        with (
+            Image.open(row["image"]) as image,
+            Image.open(Path("predictions", row["overlay"])) as o,
+        ):
+            o.load()
+            assert o.size == image.size
+    overlays = {p for p in Path("predictions/overlays").rglob("*") if p.is_file()}
+    assert len(overlays) == len(table)
+
+
+def test_predict_single_images_with_the_same_stem(trained: Path, data: Path) -> None:
+    first, second = data / "cloth/test/good/000.png", data / "cloth/test/hole/000.png"
+    simplenet("predict", trained, first, second, first)
+    assert [row["image"] for row in rows()] == [str(first), str(second)]
+    assert [row["overlay"] for row in rows()] == ["overlays/000.png", "overlays/000-2.png"]
+    assert {p.name for p in Path("predictions/overlays").iterdir()} == {"000.png", "000-2.png"}
+
+
+def test_predict_replaces_its_own_output_only(
+    trained: Path, data: Path, refused: Callable[..., str]
+) -> None:
+    good = data / "cloth/test/good"
+    simplenet("predict", trained, good)
+    simplenet("predict", trained, good / "001.png")
+    assert len(rows()) == 1
+    assert [p.name for p in Path("predictions/overlays").iterdir()] == ["001.png"]
+    assert {p.name for p in Path().iterdir()} == {"data", "predictions"}
+    # What an earlier run wrote is no image to predict.
+    simplenet("predict", trained, ".", "--output", "predictions")
+    assert not any(row["image"].startswith("predictions") for row in rows())
+    # A table of ours beside something of the user's is a folder of the user's.
+    Path("predictions/notes.txt").write_text("mine")
+    message = refused("predict", trained, good)
+    assert "predictions: exists and holds something else" in message
+    assert Path("predictions/notes.txt").read_text() == "mine"
+    Path("file").write_text("mine")
+    assert "exists" in refused("predict", trained, good, "--output", "file")
+    assert "exists" in refused("predict", trained, good, "--output", "data")
+
+
+def test_predict_refuses_what_it_cannot_read(
+    trained: Path, data: Path, refused: Callable[..., str]
+) -> None:
+    assert "nowhere: no such image or folder" in refused("predict", trained, "nowhere")
+    Path("empty").mkdir()
+    assert "no images found" in refused("predict", trained, "empty")
+    image = data / "cloth/test/good/001.png"
+    image.write_bytes(image.read_bytes()[:700])
+    assert f"{image}: not a readable image" in refused("predict", trained, image.parent)
+    assert "File name too long" in refused("predict", trained, "x" * 300)
+    Path("notes.txt").write_text("no image")
+    assert "notes.txt: not a readable image" in refused("predict", trained, "notes.txt")
+    assert "no such checkpoint" in refused("predict", "empty", data)
+    for output in ("notes.txt/under", "/proc/nowhere/predictions"):
+        message = refused("predict", trained, data, "--output", output)
+        assert f"{Path(output).parent}: cannot be written to" in message
+
+
+# Mistakes in the data -----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_training")
+def test_mistakes_are_noticed_before_training(data: Path, refused: Callable[..., str]) -> None:
+    def train(*arguments: str, root: object = data) -> str:
+        return refused("train", "--data", root, *SET, *arguments)
+
+    assert "nowhere: no such folder" in train(root="nowhere")
+    assert "not in the MVTec AD layout" in train(root=data / "cloth" / "test")
+    assert "no category 'silk'. Found: cloth" in train("--category", "silk")
+    assert "is a category itself" in train("--category", "x", root=data / "cloth")
+    assert "unknown preset 'quick'. Known: course, fast, paper" in train("--preset", "quick")
+    for change, message in {
+        "steps": "expected NAME=VALUE",
+        "speed=3": "expected NAME=VALUE with one of",
+        "preset=paper": "expected NAME=VALUE with one of",
+        "steps=many": "steps is 'many', not int",
+        "steps=0": "steps is 0, outside 1 to",
+        "neighbourhood=2": "must be odd",
+        "crop=65": "crop is 65, outside 32 to 64",
+    }.items():
+        assert message in train("--set", change)
+    for output in ("data/manifest.json", "data/manifest.json/under", "/proc/nowhere/run"):
+        assert f"{output}: cannot be written to" in train("--output", output)
+
+    mask = data / "cloth/ground_truth/hole/000_mask.png"
+    original = mask.read_bytes()
+    Image.new("L", (64, 65)).save(mask)
+    assert f"{mask}: 64x65, but its image is 64x64" in train()
+    mask.write_bytes(original[:20])
+    assert f"{mask}: not a readable image" in train()
+    mask.write_bytes(original)
+    mask.rename(mask.with_name("777_mask.png"))
+    assert "777_mask.png: a mask without an image" in train()
+    mask.with_name("777_mask.png").unlink()
+    assert "Give every one a mask, or none" in train()
+    shutil.rmtree(data / "cloth/train/good")
+    assert "no train/good inside" in train()
+    (data / "cloth/train/good").mkdir()
+    assert "no normal images" in train()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_sizes_are_compared_upright(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera's photo lies on its side and says so; its mask was drawn upright."""
+    image = data / "cloth/test/hole/000.png"
+    image.unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 60)).save(image.with_suffix(".jpg"), exif=exif)
+    mask = data / "cloth/ground_truth/hole/000_mask.png"
+    Image.new("L", (60, 80)).save(mask)
+    with pytest.raises(AssertionError, match="the training was started"):
+        monkeypatch.setattr(sys, "argv", ["simplenet", "train", "--data", str(data), *SET])
+        cli.main()
+    Image.new("L", (80, 60)).save(mask)
+    result = CliRunner().invoke(app, ["train", "--data", str(data), *SET])
+    assert "80x60, but its image is 60x80" in str(result.exception)
+
+
+def test_mistakes_that_training_notices(
+    data: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*arguments: str) -> str:
+        return refused("train", "--data", data, *SET, "--output", "run", *arguments)
+
+    assert "unknown backbone 'vgg16'" in train("--set", "backbone=vgg16")
+    assert "unknown layer 'layer9'" in train("--set", "layers=layer2,layer9")
+    assert "unknown device 'tpu'" in train("--device", "tpu")
+    assert "no such weights file or folder" in train("--weights", "nowhere.pth")
+    monkeypatch.setenv("SIMPLENET_WEIGHTS", "missing.pth")
+    assert "missing.pth: no such weights file or folder" in train()
+
+
+def test_a_truncated_normal_image_is_named(data: Path, refused: Callable[..., str]) -> None:
+    image = data / "cloth/train/good/003.png"
+    image.write_bytes(image.read_bytes()[:700])
+    message = refused("train", "--data", data, *SET)
+    assert f"{image}: not a readable image" in message
+
+
+def test_a_truncated_test_image_does_not_cost_the_training(
+    data: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = data / "cloth/test/good/001.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:700])
+    command = ["train", "--data", str(data), "--output", "run", *SET]
+    monkeypatch.setattr(sys, "argv", ["simplenet", *command])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert f"simplenet: {image}: not a readable image" in capsys.readouterr().err
+    assert [p.name for p in Path("run").iterdir()] == ["training.safetensors"]
+    image.write_bytes(whole)
+    monkeypatch.setattr(training, "margin_loss", None)  # no step is made again
+    simplenet(*command)
+    assert (
+        Path("run/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    )
+    assert not Path("run/training.safetensors").exists()
+
+
+def test_a_state_of_another_training_is_refused(
+    data: Path, trained: Path, refused: Callable[..., str]
+) -> None:
+    Path("run").mkdir()
+    state = Path("run/training.safetensors")
+    shutil.copy(trained / "model.safetensors", state)
+    command = ["train", "--data", data, "--output", "run", *SET]
+    message = refused(*command)
+    assert "another configuration, weights or images" in message
+    assert "Remove it" in message
+    state.write_bytes(b"damaged")
+    message = refused(*command)
+    assert "training.safetensors: not a readable checkpoint" in message
+    assert "Remove it" in message
+
+
+# Ctrl-C -------------------------------------------------------------------------------
+
+
+def test_ctrl_c_and_the_same_command_give_the_same_model(data: Path) -> None:
+    changes = ("steps=800", "batch_size=16", "adaptor_channels=8", "hidden_channels=8")
+    steps = [*SET, *(part for change in changes for part in ("--set", change))]
+    command = ["train", "--data", str(data), "--output", "run", *steps]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simplenet_lib.cli", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    state = Path("run/training.safetensors")
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert stderr.splitlines()[-1] == (
+        "simplenet: stopped. Run the same command to go on from there."
+    )
+    assert "Traceback" not in stderr
+    assert [p.name for p in Path("run").iterdir()] == ["training.safetensors"]
+    simplenet(*command)
+    simplenet("train", "--data", data, "--output", "undisturbed", *steps)
+    resumed = Path("run/model.safetensors").read_bytes()
+    assert resumed == Path("undisturbed/model.safetensors").read_bytes()
+
+
+# Help ---------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_complete() -> None:
+    code = (
+        "import sys; from simplenet_lib.cli import main; sys.argv = ['simplenet', '--help']\n"
+        "try: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "False"
+    for name in ("synthetic", "download", "train", "evaluate", "predict", "info"):
+        assert name in done.stdout
+        assert "--help" in simplenet(name, "--help")
+
+
+def test_nothing_typed_shows_the_help_and_a_wrong_option_is_named() -> None:
+    assert "Usage" in CliRunner().invoke(app, []).output
+    result = CliRunner().invoke(app, ["train", "--fast"])
+    assert result.exit_code == 2
+    assert "--fast" in result.output
