@@ -157,7 +157,7 @@ class Standardise(nn.Module):
         total = torch.zeros(len(self.mean), dtype=torch.float64)
         squares = torch.zeros_like(total)
         for image in images:
-            vectors = torch.from_numpy(features[image].astype(np.float32)).flatten(0, 1)
+            vectors = torch.from_numpy(features[image].copy()).float().flatten(0, 1)
             total += vectors.sum(dim=0)
             squares += vectors.square().sum(dim=0)
         count = len(images) * features.shape[1] * features.shape[2]

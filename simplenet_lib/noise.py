@@ -18,5 +18,6 @@ def add_noise(features: Tensor, sigma: float, generator: Generator | None = None
     generator : torch.Generator, optional
         Source of randomness, on the features' device; torch's own by default.
     """
-    noise = torch.empty_like(features).normal_(0.0, sigma, generator=generator)
+    noise = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    noise.normal_(0.0, sigma, generator=generator)
     return features + noise
