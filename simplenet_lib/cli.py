@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,6 @@ from simplenet_lib.config import PRESETS, Config, SimpleNetError
 from simplenet_lib.config import preset as preset_named
 
 if TYPE_CHECKING:
-    from simplenet_lib.dataset import AnomalyDataset
     from simplenet_lib.localization import Prediction
     from simplenet_lib.model import SimpleNet
 
@@ -151,7 +151,9 @@ def train(
         )
         model = trained.model
         if test is not None and {sample.label for sample in test.samples} == {0, 1}:
-            evaluated = _timed(evaluate, model, test)
+            start = time.perf_counter()
+            evaluated = evaluate(model, test)
+            seconds = round(time.perf_counter() - start, 2)
     except KeyboardInterrupt:
         kept = " Run the same command to go on from there." if state.is_file() else ""
         print(f"simplenet: stopped.{kept}", file=sys.stderr)
@@ -173,7 +175,7 @@ def train(
     }
     written = [output / "model.safetensors", output / "metrics.json"]
     if evaluated is not None:
-        metrics, predictions, seconds = evaluated
+        metrics, predictions = evaluated
         report |= metrics | _at_threshold(predictions) | {"seconds_evaluation": seconds}
         written.append(output / "examples.png")
         _write_examples(written[-1], model, predictions)
@@ -308,7 +310,9 @@ def _find_data(data: Path | None, category: str | None) -> tuple[Path, str]:
     if not data.is_dir():
         raise SimpleNetError(f"{data}: no such folder.")
     if category is None:
-        found = sorted(path.name for path in data.iterdir() if (path / "train").is_dir())
+        from simplenet_lib.dataset import categories
+
+        found = categories(data)
         if len(found) != 1:
             names = ", ".join(found) or "none, so it is not in the MVTec AD layout"
             raise SimpleNetError(f"{data}: name a --category. Found: {names}.")
@@ -394,16 +398,6 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise SimpleNetError("no CUDA device found. Use --device cpu.")
     return name
-
-
-def _timed(
-    evaluate_model: Any, model: SimpleNet, test: AnomalyDataset
-) -> tuple[dict[str, float], list[Prediction], float]:
-    import time
-
-    start = time.perf_counter()
-    metrics, predictions = evaluate_model(model, test)
-    return metrics, predictions, round(time.perf_counter() - start, 2)
 
 
 def _at_threshold(predictions: list[Prediction]) -> dict[str, float]:

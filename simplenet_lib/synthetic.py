@@ -517,8 +517,8 @@ def generate(
     Raises
     ------
     SimpleNetError
-        If a parameter is out of range, if ``root`` exists and is not this very
-        data set, or if it cannot be written.
+        If a parameter is out of range, if ``root`` holds something that is not
+        this very data set, or if it cannot be written.
     """
     root = Path(root)
     known = ", ".join(CATEGORIES)
@@ -547,7 +547,7 @@ def generate(
     if is_whole(root, manifest):
         return root
     refusal = f"{root}: exists and is not this data set. Move it away or choose another folder."
-    if os.path.lexists(root):
+    if os.path.lexists(root) and not (root.is_dir() and not any(root.iterdir())):
         raise SimpleNetError(refusal)
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
