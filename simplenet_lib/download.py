@@ -93,9 +93,12 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT_SECONDS
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
             partial = Path(folder) / path.name
-            # pooch's own block of 1 kB would mean five million flushes for MVTec AD.
-            download = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 18, timeout=timeout)
-            download(url, str(partial), None)
+            # A bar of ours is closed also when the download fails; pooch's own would stay open.
+            # (The total of 1 stands until pooch knows the size: a bar without one is no bool.)
+            with tqdm(total=1, unit="B", unit_scale=True, desc=path.name) as bar:
+                # pooch's own block of 1 kB would mean five million flushes for MVTec AD.
+                download = pooch.HTTPDownloader(bar, chunk_size=1 << 18, timeout=timeout)
+                download(url, str(partial), None)
             found = sha256_of(partial)
             if not found.startswith(sha256):
                 raise SimpleNetError(

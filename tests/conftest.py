@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tqdm import tqdm
 
 from simplenet_lib.config import SimpleNetError
 
@@ -73,6 +74,9 @@ class Loopback:
 def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("no_proxy", "*")
+    # A Ctrl-C can strike while tqdm takes its lock, which then stays taken. That harms no command,
+    # for the program ends; but here the next test's threads would wait for it for ever.
+    tqdm.set_lock(threading.RLock())
     server = Loopback()
     yield server
     server.close()
