@@ -431,6 +431,8 @@ def _write_examples(path: Path, model: SimpleNet, predictions: list[Prediction])
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     from simplenet_lib.model import write_whole
     from simplenet_lib.plots import gallery
 
@@ -439,6 +441,7 @@ def _write_examples(path: Path, model: SimpleNet, predictions: list[Prediction])
     figure = gallery([kinds[kind] for kind in order], model.config, model.typical, model.threshold)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
+    plt.close(figure)
     write_whole(path, picture.getvalue())
 
 
