@@ -6,7 +6,11 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12; do \
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup book test lint format lock clean
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR \
+	--ExecutePreprocessor.record_timing
+
+.PHONY: help setup book test lint format sync repository lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,12 +29,17 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# Every notebook runs once more, beside the committed one: what a reader sees must still run.
 # --all: Sphinx shows the warnings of a page only when it reads that page anew.
-book: $(READY) ## render the book into _build/html
+book: $(NOTEBOOKS:notebooks/%=_build/run/%) ## run the notebooks and render the book into _build/html
 	$(BIN)/jupyter-book build --all --warningiserror --keep-going .
 
-test: lint ## check style and types, then run every test
+_build/run/%.ipynb: notebooks/%.ipynb $(wildcard simplenet_lib/*.py) $(READY)
+	$(EXECUTE)=True --output-dir _build/run $<
+
+test: lint ## check style and types, then run every test and compare every notebook
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval notebooks/
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check
@@ -40,6 +49,20 @@ lint: $(READY) ## check style and types
 format: $(READY) ## correct what can be corrected automatically
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The text is the source: edit notebooks/py/NAME.py, then `make sync NOTEBOOKS=notebooks/NAME.ipynb`.
+sync: $(READY) ## build the notebooks from notebooks/py and run them, with outputs
+	for notebook in $(NOTEBOOKS); do \
+		$(BIN)/jupytext --quiet --to ipynb --update --output $$notebook \
+			notebooks/py/$$(basename $$notebook .ipynb).py && \
+		$(EXECUTE)=False --inplace $$notebook || exit 1; done
+
+# Badges and setup cells need the address, too; tests/test_book.py checks that they agree.
+repository: ## write the repository's address everywhere: URL=https://github.com/...
+	@case "$(URL)" in https://github.com/?*/?*) ;; *) echo "make repository URL=https://github.com/NAME/REPOSITORY" >&2; exit 2 ;; esac
+	OLD=$$(sed -n 's#^  url: https://github.com/##p' _config.yml) NEW=$(URL:https://github.com/%=%) \
+		perl -pi -e 's{github(\.com)?/\Q$$ENV{OLD}\E}{"github" . ($$1 // "") . "/$$ENV{NEW}"}ge' \
+		_config.yml $(NOTEBOOKS) $(NOTEBOOKS:notebooks/%.ipynb=notebooks/py/%.py)
 
 # torch 2.13 is avoided on purpose: next to some of its files torchvision cannot be imported.
 # To move every other package to its newest version, delete requirements.lock first.

@@ -11,7 +11,7 @@ class Adaptor(nn.Module):
     Parameters
     ----------
     in_channels, out_channels : int
-        Channels C of the frozen features and D of the adapted ones.
+        Channels C of the frozen features and A of the adapted ones.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -21,6 +21,6 @@ class Adaptor(nn.Module):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (N, C, H, W) to adapted features (N, D, H, W)."""
+        """Map features (N, C, H, W) to adapted features (N, A, H, W)."""
         adapted: Tensor = self.conv(features)
         return adapted

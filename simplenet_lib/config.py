@@ -39,10 +39,10 @@ class Config:
     batchnorm : bool
         BatchNorm in the discriminator's hidden layer.
     sigma : float
-        Standard deviation of the feature noise (paper, equation 3), in units of
+        Standard deviation of the feature noise (paper, section 3.3), in units of
         the adapted features.
     margin : float
-        Margin of the loss on either side of zero (paper, equation 6).
+        Margin of the loss on either side of zero (paper, section 3.5).
     steps, batch_size : int
         Optimiser steps, and positions in each.
     adaptor_lr, discriminator_lr : float

@@ -11,7 +11,7 @@ class Discriminator(nn.Module):
     Parameters
     ----------
     channels : int
-        Length D of a feature vector.
+        Length A of a feature vector.
     hidden : int
         Width of the hidden layer.
     batchnorm : bool
@@ -26,7 +26,7 @@ class Discriminator(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Score vectors (B, D) with one number each, (B,): high is normal, low is anomalous."""
+        """Score vectors (B, A) with one number each, (B,): high is normal, low is anomalous."""
         hidden = self.activation(self.norm(self.hidden(vectors)))
         scores: Tensor = self.score(hidden).squeeze(1)
         return scores

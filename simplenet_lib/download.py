@@ -95,7 +95,8 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT_SECONDS
             partial = Path(folder) / path.name
             # A bar of ours is closed also when the download fails; pooch's own would stay open.
             # (The total of 1 stands until pooch knows the size: a bar without one is no bool.)
-            with tqdm(total=1, unit="B", unit_scale=True, desc=path.name) as bar:
+            # The delay: a server that cannot be reached should leave no empty bar behind.
+            with tqdm(total=1, unit="B", unit_scale=True, desc=path.name, delay=1) as bar:
                 # pooch's own block of 1 kB would mean five million flushes for MVTec AD.
                 download = pooch.HTTPDownloader(bar, chunk_size=1 << 18, timeout=timeout)
                 download(url, str(partial), None)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def margin_loss(normal: Tensor, noisy: Tensor, margin: float = 0.5) -> Tensor:
-    """Mean of max(0, m - D(z)) plus mean of max(0, m + D(z')) (paper, equations 5 and 6).
+    """Mean of max(0, m - D(z)) plus mean of max(0, m + D(z')) (paper, section 3.5).
 
     A score beyond its margin costs nothing and has no gradient. A discriminator
     that answers 0 everywhere costs 2m: a loss stuck there has learned nothing.

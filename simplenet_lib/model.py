@@ -44,7 +44,7 @@ class Head(nn.Module):
         )
 
     def adapt(self, features: Tensor) -> Tensor:
-        """Map frozen features (N, C, H, W) to adapted vectors (N*H*W, D), one a position."""
+        """Map frozen features (N, C, H, W) to adapted vectors (N*H*W, A), one a position."""
         adapted: Tensor = self.adaptor(self.standardise(features))
         return adapted.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -67,7 +67,7 @@ class Head(nn.Module):
 
 
 class SimpleNet(nn.Module):
-    """Frozen features and the head on top of them (paper, figure 2).
+    """Frozen features and the head on top of them (paper, section 3).
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 
 def add_noise(features: Tensor, sigma: float, generator: Generator | None = None) -> Tensor:
-    """Return z + ε with ε ~ N(0, σ²), drawn anew for every entry (paper, equation 3).
+    """Return z + ε with ε ~ N(0, σ²), drawn anew for every entry (paper, section 3.3).
 
     Parameters
     ----------

@@ -107,7 +107,7 @@ def fit(
     *,
     progress: bool = True,
 ) -> History:
-    """Train adaptor and discriminator together on normal images (paper, algorithm 1).
+    """Train adaptor and discriminator together on normal images (paper, section 3.5).
 
     Parameters
     ----------
