@@ -1,0 +1,1083 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The data
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/01_dataset.ipynb)
+#
+# An inspection camera sees thousands of good parts and a handful of defects. In this chapter you
+# read such images from disk together with their masks, and you see that comparing them pixel by
+# pixel does not find the defects.
+#
+# ## What you will learn
+#
+# - **Explain** why a detector is trained on good parts only.
+# - **Read** the folder layout of MVTec AD, with a mask for every defect.
+# - **Build** a `Dataset` that transforms an image and its mask together.
+# - **Measure** how far a pixel-by-pixel comparison gets, and see why it fails.
+# - **Show** what a test set may not be used for.
+#
+# ## Before you start
+#
+# You know basic PyTorch: tensors, `Dataset`, `DataLoader`. You need to know nothing about anomaly
+# detection. About 20 minutes to read; runs in under a minute on two CPU cores, no GPU needed. The
+# images are drawn by the library, so there is nothing to download.
+
+# %% tags=["hide-cell", "nbval-ignore-output"]
+# On Colab this installs the library; on your machine `make setup` has done so.
+import importlib.util
+import subprocess
+import sys
+
+REPOSITORY = "https://github.com/OWNER/simplenet-piece-by-piece"
+if importlib.util.find_spec("simplenet_lib") is None:
+    if "/OWNER/" in REPOSITORY:
+        raise SystemExit(
+            "Set the repository's address first: make repository URL=https://github.com/..."
+        )
+    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{REPOSITORY}"]
+    subprocess.run(command, check=True)
+
+# %%
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from simplenet_lib.config import SimpleNetError
+from simplenet_lib.features import cache_folder
+from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
+from simplenet_lib.synthetic import generate
+from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
+
+use_book_style()
+
+
+def bare(ax):
+    """Axes around a picture need no frame and no ticks."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+# %% [markdown]
+# ## The idea
+#
+# A photo of a part is either a {term}`normal image` or it shows a {term}`defect`. That sounds like
+# a classifier with two classes, but the data does not allow one. A production line delivers a photo
+# of a good part every few seconds. Defects are rare, and the next one may look like none before it.
+#
+# A toy example shows what goes wrong. Measure two numbers on every part, say its width and its
+# brightness. Four good parts lie around $(5, 4)$. So far you have seen one defect, at $(9, 4)$.
+
+# %%
+good = np.array([[4, 4], [6, 4], [5, 5], [5, 3]])
+known = np.array([9, 4])
+unforeseen = np.array([1, 4])
+
+centre = good.mean(axis=0)
+
+
+def distance(a, b):
+    return float(np.linalg.norm(np.asarray(a) - b))
+
+
+print("centre of the good parts:", centre)
+print("good parts to centre:    ", [distance(part, centre) for part in good])
+print("known defect to centre:  ", distance(known, centre))
+print("unforeseen to centre:    ", distance(unforeseen, centre))
+print("unforeseen to known:     ", distance(unforeseen, known))
+
+# %% [markdown]
+# A classifier that learned from both classes asks: is the part nearer to the good ones or nearer to
+# the known defect? Between $(5, 4)$ and $(9, 4)$ the border runs at width 7. Now a new kind of
+# defect appears at $(1, 4)$. It is 4 away from the good parts and 8 away from the known defect, so
+# the classifier calls it good.
+#
+# The other question needs no defect at all: how far is the part from normal? No good part is
+# farther than 1 from the centre. Both defects are at 4. Any limit in between, such as 2, finds
+# both.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four blue dots around the point (5, 4), an orange cross to their right and an orange star to their left. A dashed vertical line at width 7 separates only the cross from the dots. A circle of radius 2 around the dots leaves both the cross and the star outside."}, "figure": {"caption": "A border between good parts and one known defect (dashed) leaves the unforeseen defect on the good side. A limit on the distance from normal (circle) needs no defect to be drawn.", "name": "fig-dataset-toy"}}
+figure, axes = plt.subplots(figsize=(6.5, 3.2))
+axes.scatter(*good.T, color=NORMAL, s=50, label="good part")
+axes.scatter(*known, color=DEFECT, marker="X", s=80, label="known defect")
+axes.scatter(*unforeseen, color=DEFECT, marker="*", s=140, label="unforeseen defect")
+axes.axvline(7, color="0.4", linestyle="--", label="classifier's border")
+turn = np.linspace(0, 2 * np.pi, 200)
+axes.plot(5 + 2 * np.cos(turn), 4 + 2 * np.sin(turn), color=NORMAL, label="distance 2 from normal")
+axes.set(
+    xlim=(0, 10),
+    ylim=(1.6, 6.4),
+    aspect="equal",
+    xlabel="width (mm)",
+    ylabel="brightness (%)",
+    title="A classifier misses what it has not been shown",
+)
+axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+plt.show()
+
+# %% [markdown]
+# That is {term}`anomaly detection`: learn what is normal, and report what is far from it. Where in
+# the image the deviation lies is the second question, {term}`anomaly localization`. This book
+# answers both with the same network.
+#
+# Defects still have a use: without some you cannot measure whether the detector works. They belong
+# in the {term}`test set` and nowhere else.
+
+# %% [markdown]
+# ## From the paper
+#
+# The paper {cite:p}`liu2023simplenet` has no equation for the data, only a setting (section 3.1):
+# a training set and a test set of images. In our notation an image is
+# $x \in \mathbb{R}^{3 \times H \times W}$ and its label is $y \in \{0, 1\}$, where 1 means defect.
+#
+# - Training set: $x_1, \dots, x_n$, all with $y = 0$.
+# - Test set: images of both kinds. Each has a {term}`mask` in $\{0, 1\}^{H \times W}$ that says
+#   which pixels belong to a defect.
+#
+# Wanted is an {term}`anomaly map`: one number for every pixel, high where something is wrong. Its
+# maximum is the {term}`image score`, one number for the image. A {term}`threshold` on the image
+# score gives the verdict, good or defect.
+#
+# Before you build a network you should know what the simplest method achieves. Ours remembers two
+# numbers for every pixel $p$ and colour $c$ of the $n$ normal images, their mean and their
+# variance:
+#
+# $$
+# μ_{c,p} = \frac{1}{n} \sum_{i=1}^{n} x_{i,c,p}
+# \qquad
+# v_{c,p} = \frac{1}{n} \sum_{i=1}^{n} \left(x_{i,c,p} - μ_{c,p}\right)^2
+# $$ (eq-dataset-statistics)
+#
+# A pixel of a new image is anomalous if it is far from the mean, measured against the variance:
+#
+# $$
+# a_p(x) = \frac{1}{3} \sum_{c=1}^{3} \frac{\left(x_{c,p} - μ_{c,p}\right)^2}{v_{c,p} + δ}
+# $$ (eq-dataset-baseline)
+#
+# The small number $δ$ keeps a pixel that never changes from dividing by zero. This is not from the
+# paper. It is a {term}`baseline`: what SimpleNet has to beat.
+
+# %% [markdown]
+# ## Build it
+#
+# ### The folders
+#
+# `generate` draws the book's data set: photos of hex nuts and of woven cloth, two
+# {term}`categories <category>`, with defects and exact masks. The first call takes some seconds;
+# then the files are there.
+
+# %%
+data = generate(cache_folder() / "synthetic")
+
+for category in ("nut", "cloth"):
+    print(f"{category}/")
+    for folder in sorted(path for path in (data / category).rglob("*") if path.is_dir()):
+        depth = len(folder.relative_to(data / category).parts)
+        name = "    " * depth + folder.name + "/"
+        files = sorted(path.name for path in folder.glob("*.png"))
+        print(f"{name:<28}{len(files)} files: {files[0]} ..." if files else name)
+
+# %% [markdown]
+# This layout is that of {term}`MVTec AD` {cite:p}`bergmann2019mvtec,bergmann2021mvtec`, the data
+# set on which the field compares its methods: photos of 15 products and textures, with their
+# defects. Any folder that looks like this can be read, your own photos too:
+#
+# ```
+# CATEGORY/
+#     train/good/000.png                   normal images, the only ones trained on
+#     test/good/000.png                    normal images kept for the test
+#     test/DEFECT/000.png                  images with a defect
+#     ground_truth/DEFECT/000_mask.png     where the defect in test/DEFECT/000.png is
+# ```
+#
+# The name of a folder is the label. Below `train` there is only `good`. Below `ground_truth` there
+# is no `good`: a good image has nothing to mark. {term}`Ground truth <ground truth>` is what a
+# person would have marked; here the program that drew the defect knows.
+#
+# The counts show the asymmetry once more. There are 60 images to train on and all are good; each
+# kind of defect has 8, and they are for testing only.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of six photographs. Upper row: hex nuts, each turned differently; a good one, then ones with a broken corner, a dent, a fibre, rust and a scratch. Lower row: woven cloth; a good piece, then ones with a cut, a fibre, a hole, a missing thread and a stain. An orange line surrounds each defect."}, "figure": {"caption": "One test image from every folder. The orange line is the edge of the mask.", "name": "fig-dataset-samples"}}
+figure, axes = plt.subplots(2, 6, figsize=(6.5, 2.7))
+for row, category in zip(axes, ("nut", "cloth"), strict=True):
+    kinds = sorted(path.name for path in (data / category / "test").iterdir())
+    kinds = ["good"] + [kind for kind in kinds if kind != "good"]
+    for ax, kind in zip(row, kinds, strict=True):
+        ax.imshow(Image.open(data / category / "test" / kind / "000.png"))
+        mask = data / category / "ground_truth" / kind / "000_mask.png"
+        if mask.exists():
+            ax.contour(np.asarray(Image.open(mask)) > 0, [0.5], colors=[DEFECT], linewidths=1.2)
+        ax.set_title(kind.replace("_", " "), fontsize=8)
+        bare(ax)
+    row[0].set_ylabel(category)
+figure.suptitle("Most defects are small, and each kind looks different", fontsize="medium")
+plt.show()
+
+# %% [markdown]
+# ### A list of samples
+#
+# First write down which image belongs to which mask. In plain Python that is one loop:
+
+# %%
+test = data / "nut" / "test"
+for image in sorted(test.glob("*/*.png"))[::12]:
+    kind = image.parent.name
+    mask = data / "nut" / "ground_truth" / kind / f"{image.stem}_mask.png"
+    print(f"{kind}/{image.name}  label {int(kind != 'good')}  mask: {mask.exists()}")
+
+# %% [markdown]
+# The library gives the triple of image, kind of defect and mask a name, `Sample`. The label follows
+# from the folder's name, so it is computed and not stored.
+#
+# `image_files` lists a folder. It sorts, because the operating system promises no order, and it
+# leaves out what is not an image, such as the hidden files that some systems put beside your
+# photos. `SUFFIXES` and `FORMATS` are the file types that the library reads.
+#
+# The next cell, and every cell below whose first line says so, is the library's own code. Only its
+# docstrings are shorter here.
+
+# %%
+from simplenet_lib.dataset import FORMATS, SUFFIXES
+
+print(", ".join(FORMATS))
+
+# %% tags=["library"]
+# simplenet_lib/dataset.py
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on disk: its defect type (``"good"`` if none) and its mask, if it has one."""
+
+    image: Path
+    defect: str
+    mask: Path | None = None
+
+    @property
+    def label(self) -> int:
+        """1 for a defect, 0 for a normal image."""
+        return int(self.defect != "good")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files directly inside ``folder``, hidden ones left out, sorted by name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+# %% [markdown]
+# ### Reading an image and a mask
+#
+# `Image.open(path).convert("RGB")` reads most images. Cameras are less uniform than that: some save
+# grey images, some save 16 bits, some save a picture lying on its side with a note about how to
+# turn it. And a damaged file should be named. `_open` takes care of the turning and the naming.
+# `read_image` takes care of the rest: whatever is in the file, you get 8-bit RGB.
+
+# %% tags=["library"]
+# simplenet_lib/dataset.py
+
+
+def _open(path: Path) -> Image.Image:
+    """Decode an image completely and turn it upright."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            image.load()
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+    return image
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image of 8 or 16 bits, grey, palette or colour, as upright 8-bit RGB."""
+    image = _open(path)
+    if image.mode == "F":
+        raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
+    if image.mode.startswith("I"):  # 16 bit: 65535 is white
+        values = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255)
+        image = Image.fromarray(values.astype(np.uint8))
+    return image.convert("RGB")
+
+
+# %% [markdown]
+# A mask has one channel, and its values are 0 and something else: 255 in some data sets, 1 in
+# others. `read_mask` makes 0 and 1 of both. It compares with half of the mask's maximum. Comparing
+# with 0 would do for a clean file, but a mask that was once saved as JPEG has faint traces around
+# its edge.
+
+# %% tags=["library"]
+# simplenet_lib/dataset.py
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read a mask whose values are 0 and any other, mostly 255 or 1, as 8-bit 0 and 1."""
+    image = _open(path)
+    values = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
+    # Half the maximum, not 0: JPEG leaves faint traces around a mask.
+    return Image.fromarray((values > values.max() / 2).astype(np.uint8))
+
+
+# %%
+scratch = Sample(
+    data / "nut" / "test" / "scratch" / "000.png",
+    "scratch",
+    data / "nut" / "ground_truth" / "scratch" / "000_mask.png",
+)
+clean = np.asarray(Image.open(scratch.mask))
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "mask.jpg"
+    Image.fromarray(clean).save(path)
+    above_zero = np.asarray(Image.open(path)) > 0
+    above_half = np.asarray(read_mask(path)) > 0
+marked = clean > 0
+print("marked in the mask:", marked.sum(), "pixels")
+print("JPEG, above 0: more than 100 others marked:", (above_zero & ~marked).sum() > 100)
+print("JPEG, above half: wrong pixels:", (above_half != marked).sum())
+
+# %% [markdown]
+# Predict before you run: the nut photos are 256 pixels wide and high. What are the shapes and the
+# values of an image and its mask?
+#
+# The image is `(256, 256, 3)`: Pillow puts the channels last. The mask is `(256, 256)` with the
+# values 0 and 1.
+
+# %%
+image, mask = read_image(scratch.image), read_mask(scratch.mask)
+print("image:", np.asarray(image).shape, np.asarray(image).dtype)
+print("mask: ", np.asarray(mask).shape, np.unique(np.asarray(mask)))
+print("label:", scratch.label)
+
+# %% [markdown]
+# ### Transforming both together
+#
+# The network wants square images of one size, with normalised values. Whatever moves the pixels of
+# an image must move its mask in the same way, or the mask marks the wrong place. But the two are
+# not *resized* in the same way. Take this mask of 4 x 4 pixels and halve it:
+
+# %%
+toy = torch.tensor([[[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]], dtype=torch.float32)
+
+blend = v2.functional.resize(
+    toy, [2, 2], interpolation=v2.InterpolationMode.BILINEAR, antialias=False
+)
+nearest = v2.functional.resize(toy, [2, 2], interpolation=v2.InterpolationMode.NEAREST)
+print("bilinear:", blend[0].tolist())
+print("nearest: ", nearest[0].tolist())
+
+# %% [markdown]
+# *Bilinear* interpolation here averages each block of 2 x 2 pixels. In the first block one pixel of
+# four is marked, so the result is 0.25. For the brightness of a photo that is right. For a mask it
+# is meaningless: a pixel belongs to a defect or it does not. *Nearest* takes one pixel of each
+# block and keeps the values 0 and 1.
+#
+# torchvision's transforms (`v2`) do the right thing if you tell them what they have in hand. Wrap
+# the image in `tv_tensors.Image` and the mask in `tv_tensors.Mask`. Then every transform moves
+# both, interpolates the image smoothly and the mask by its nearest pixel, and normalises only the
+# image:
+
+# %%
+wrapped = (
+    tv_tensors.Image(torch.full((3, 4, 4), 255, dtype=torch.uint8)),
+    tv_tensors.Mask(toy.to(torch.uint8)),
+)
+small_image, small_mask = v2.Resize((2, 2))(wrapped)
+print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
+
+# %% [markdown]
+# The library's transform is four of those steps. It resizes to a square (a picture that is not
+# square is stretched, its mask too), cuts out the centre, turns the image's bytes into floats from
+# 0 to 1, and normalises each colour. The mean and the standard deviation for that last step are
+# those of the network of [chapter 2](02_features.ipynb), which was trained on images normalised in
+# this way.
+#
+# What it returns is a function, which the library calls a `Transform`: it takes an image and a mask
+# and returns both.
+
+# %%
+Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
+
+# %% tags=["library"]
+# simplenet_lib/dataset.py
+
+
+def make_transform(resize: int, crop: int) -> Transform:
+    """Resize to a square, cut out its centre, normalise; image and mask together."""
+    transform: Transform = v2.Compose(
+        [
+            v2.Resize((resize, resize), antialias=True),
+            v2.CenterCrop(crop),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    return transform
+
+
+# %% [markdown]
+# ### The dataset
+#
+# A PyTorch `Dataset` needs a length and a way to fetch one item. Ours reads the two files, checks
+# that they have the same size, transforms them together and returns a dictionary. A good image has
+# no mask on disk; it gets an empty one, so that every item has the same parts and a loader can
+# stack them.
+
+# %% tags=["library"]
+# simplenet_lib/dataset.py
+
+
+class Item(TypedDict):
+    """What a dataset hands to the loader; a batch has N in front of every shape."""
+
+    image: Tensor  #: (3, H, W), normalised
+    mask: Tensor  #: (H, W) of bool, all False without a mask
+    label: int  #: 1 for a defect, 0 for a normal image
+    index: int  #: position in ``dataset.samples``
+
+
+class ImageFiles(Dataset[Item]):
+    """Images read from disk and transformed together with their masks."""
+
+    def __init__(self, samples: list[Sample], transform: Transform) -> None:
+        self.samples = samples
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        sample = self.samples[index]
+        picture, marked = _read(sample)
+        image, mask = self.transform(
+            tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
+            tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
+        )
+        return {
+            "image": image.as_subclass(Tensor),
+            "mask": mask.as_subclass(Tensor)[0] > 0,
+            "label": sample.label,
+            "index": index,
+        }
+
+
+def _read(sample: Sample) -> tuple[Image.Image, Image.Image]:
+    """Read an image and its mask, empty if it has none, which must have the same size."""
+    picture = read_image(sample.image)
+    if sample.mask is None:
+        return picture, Image.new("L", picture.size)
+    mask = read_mask(sample.mask)
+    if mask.size != picture.size:
+        raise SimpleNetError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
+    return picture, mask
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+# %% [markdown]
+# `as_subclass(Tensor)` takes the label "image" or "mask" off again: from here on both are ordinary
+# tensors.
+#
+# What is left is to find the samples of one category. `ShortAnomalyDataset` is the short version of
+# the library's `AnomalyDataset`. `split` is `"train"` or `"test"`.
+
+
+# %%
+class ShortAnomalyDataset(ImageFiles):
+    """One split of one category in the MVTec AD layout, without the error messages."""
+
+    def __init__(self, root, category, split, transform):
+        folder = root / category
+        samples = []
+        for kind in sorted(path.name for path in (folder / split).iterdir()):
+            for image in image_files(folder / split / kind):
+                mask = folder / "ground_truth" / kind / f"{image.stem}_mask.png"
+                samples.append(Sample(image, kind, mask if kind != "good" else None))
+        super().__init__(samples, transform)
+
+
+normal = ShortAnomalyDataset(data, "nut", "train", make_transform(256, 256))
+mixed = ShortAnomalyDataset(data, "nut", "test", make_transform(256, 256))
+print("train:", dict(Counter(sample.defect for sample in normal.samples)))
+print("test: ", dict(Counter(sample.defect for sample in mixed.samples)))
+
+# %% [markdown]
+# ### Batches
+#
+# A `DataLoader` stacks items to batches. Predict the shapes of a batch of 8 before you run the
+# cell:
+#
+# - `image`: `(8, 3, 256, 256)`, float32. The channels come first now, as PyTorch wants them.
+# - `mask`: `(8, 256, 256)`, bool. A mask has no channels.
+# - `label` and `index`: `(8,)`, integers.
+
+# %%
+batch = next(iter(DataLoader(mixed, batch_size=8)))
+for name, value in batch.items():
+    print(f"{name}: {tuple(value.shape)} {value.dtype}")
+print("labels:", batch["label"].tolist())
+
+# %% [markdown]
+# All labels are 1: the first eight images of the test set, in the order of the folders, are broken
+# corners. A test needs no other order. Training in this book does not shuffle images either; it
+# shuffles single positions, in [chapter 7](07_training.ipynb).
+
+# %% [markdown]
+# ### The baseline
+#
+# Equation {eq}`eq-dataset-statistics` is one line, equation {eq}`eq-dataset-baseline` another.
+
+
+# %%
+def fit_pixels(images):
+    """Mean and variance of every pixel: (N, 3, H, W) to two of (3, H, W)."""
+    return images.mean(dim=0), images.var(dim=0, correction=0)
+
+
+def pixel_map(images, mean, variance, delta=0.01):
+    """Squared distance from the mean in units of the variance: (N, 3, H, W) to (N, H, W)."""
+    return ((images - mean) ** 2 / (variance + delta)).mean(dim=1)
+
+
+# %% [markdown]
+# Check it by hand on images of two pixels and one colour. Two normal images, $(1, 5)$ and $(3, 5)$,
+# have the mean $(2, 5)$ and the variance $(1, 0)$. Take $δ = 1$. A new image $(4, 5)$ then gets
+# $(2^2 / (1 + 1),\ 0) = (2, 0)$. Another one, $(2, 6)$, gets $(0,\ 1^2 / (0 + 1)) = (0, 1)$.
+
+# %%
+mean, variance = fit_pixels(torch.tensor([[[[1.0, 5.0]]], [[[3.0, 5.0]]]]))
+new = torch.tensor([[[[4.0, 5.0]]], [[[2.0, 6.0]]]])
+print("mean:    ", mean.flatten().tolist())
+print("variance:", variance.flatten().tolist())
+print("map:     ", pixel_map(new, mean, variance, delta=1.0).flatten(1).tolist())
+
+# %% [markdown]
+# ## Check it
+#
+# The library's `AnomalyDataset` should find the same files. What it has beyond your short version
+# is error messages: a folder that is missing or empty, a mask without an image, a mask of another
+# size, defects of which only some have masks. It looks for all of this before any training starts.
+
+# %%
+from simplenet_lib.dataset import AnomalyDataset
+
+transform = make_transform(256, 256)
+for category in ("nut", "cloth"):
+    for split in ("train", "test"):
+        mine = ShortAnomalyDataset(data, category, split, transform).samples
+        theirs = AnomalyDataset(data, category, split, transform).samples
+        assert [(s.image, s.defect, s.mask) for s in mine] == [
+            (s.image, s.defect, s.mask) for s in theirs
+        ]
+        assert [s.label for s in mine] == [s.label for s in theirs]
+first, same = mixed[0], AnomalyDataset(data, "nut", "test", transform)[0]
+assert torch.equal(first["image"], same["image"]) and torch.equal(first["mask"], same["mask"])
+print("OK: the library finds the same images and masks, in the same order")
+
+# %% [markdown]
+# The items should be what the files say. At 256 pixels nothing is resized or cut, so undoing the
+# normalisation must give back the file's bytes, read here with Pillow alone. And the baseline's
+# variance should be NumPy's.
+
+# %%
+for index in (0, 12, 47):
+    item, sample = mixed[index], mixed.samples[index]
+    stored_pixels = np.asarray(Image.open(sample.image))
+    undone = item["image"].permute(1, 2, 0) * torch.tensor(IMAGENET_STD)
+    undone = (undone + torch.tensor(IMAGENET_MEAN)) * 255
+    assert np.abs(undone.numpy() - stored_pixels).max() < 1e-3
+    if sample.mask is not None:
+        assert np.array_equal(item["mask"].numpy(), np.asarray(Image.open(sample.mask)) > 0)
+    assert item["mask"].any() == bool(item["label"])
+
+some = torch.stack([normal[index]["image"] for index in range(4)])
+assert np.allclose(fit_pixels(some)[1].numpy(), np.var(some.numpy(), axis=0), atol=1e-5)
+print("OK: images and masks are those of the files, the variance is NumPy's")
+
+# %% [markdown]
+# ## What it does
+#
+# Load both categories completely and apply the baseline to the test images.
+
+
+# %%
+def load(category, split):
+    """All images (N, 3, 256, 256), masks (N, 256, 256) and labels (N,) of one split."""
+    dataset = ShortAnomalyDataset(data, category, split, transform)
+    batches = list(DataLoader(dataset, batch_size=20))
+    return [torch.cat([batch[name] for batch in batches]) for name in ("image", "mask", "label")]
+
+
+train, tested, pixel_mean, maps, scores = {}, {}, {}, {}, {}
+for category in ("nut", "cloth"):
+    train[category] = load(category, "train")[0]
+    tested[category] = load(category, "test")
+    pixel_mean[category], variance = fit_pixels(train[category])
+    maps[category] = pixel_map(tested[category][0], pixel_mean[category], variance)
+    scores[category] = maps[category].amax(dim=(1, 2))
+    print(f"{category}: maps {tuple(maps[category].shape)}, scores {tuple(scores[category].shape)}")
+
+# %% [markdown]
+# How good are these scores? Take every pair of one defect image and one good image. The
+# {term}`AUROC` is the share of pairs in which the defect has the higher score: 0.5 is chance, 1 is
+# perfect. scikit-learn computes it; [chapter 8](08_localization.ipynb) takes it apart.
+#
+# A second question is where the map is highest. Half of the defects cover less than 1% of their
+# image. Does the highest pixel lie on the defect?
+
+# %% tags=["nbval-ignore-output"]
+auroc, hits = {}, {}
+for category in ("nut", "cloth"):
+    _, masks, labels = tested[category]
+    auroc[category] = roc_auc_score(labels, scores[category])
+    highest = maps[category].flatten(1).argmax(dim=1, keepdim=True)
+    on_defect = masks.flatten(1).gather(1, highest)[labels == 1]
+    hits[category] = int(on_defect.sum())
+    print(
+        f"{category}: image AUROC {auroc[category]:.2f};"
+        f" highest pixel on the defect in {hits[category]} of {len(on_defect)} images;"
+        f" median defect {masks[labels == 1].float().mean((1, 2)).median():.1%} of its image"
+    )
+
+# %%
+for category in ("nut", "cloth"):
+    assert 0.45 < auroc[category] < 0.80
+    assert hits[category] < 25
+print("OK: the baseline stays below 0.80 on both categories")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two strip plots on logarithmic axes, nut on the left and cloth on the right. In each, blue dots for good images and orange dots for defects spread over the same range; no vertical line would separate them."}, "figure": {"caption": "Image scores of the baseline. One dot is one test image; its height within a strip is arbitrary.", "name": "fig-dataset-scores"}}
+figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.4))
+rng = np.random.default_rng(0)
+for ax, category in zip(axes, ("nut", "cloth"), strict=True):
+    labels = tested[category][2]
+    for label, colour in ((0, NORMAL), (1, DEFECT)):
+        values = scores[category][labels == label]
+        ax.scatter(
+            values, label + rng.uniform(-0.25, 0.25, len(values)), color=colour, s=18, alpha=0.8
+        )
+    ax.set(xscale="log", yticks=[0, 1], yticklabels=["good", "defect"], ylim=(-0.6, 1.6))
+    ax.set(title=category, xlabel="image score (no unit)")
+axes[1].set_xticks([16, 20, 25, 32], ["16", "20", "25", "32"])
+axes[1].minorticks_off()
+figure.suptitle("No threshold separates good from defect", fontsize="medium")
+plt.show()
+
+# %% [markdown]
+# ### Why it fails
+#
+# Look at what the baseline remembers. A pixel's mean is meant to say what belongs in that place.
+# But every nut lies turned in its own way, and the light comes from another side each time. So the
+# same pixel sees metal in one image and the belt in the next.
+
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four pictures in a row: a sharp hex nut; the mean of 60 nuts, a grey ring with washed-out edges and no corners; woven cloth with distinct yarns; the mean of 60 pieces of cloth, an almost even grey without yarns."}, "figure": {"caption": "One training image of each category, and the mean over all 60.", "name": "fig-dataset-mean"}}
+def picture(image):
+    """Undo the normalisation: (3, H, W) to (H, W, 3), 0 to 1."""
+    undone = image.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
+    return undone.clamp(0, 1)
+
+
+figure, axes = plt.subplots(1, 4, figsize=(6.5, 2.1))
+for pair, category in zip((axes[:2], axes[2:]), ("nut", "cloth"), strict=True):
+    shown = {f"one {category}": train[category][0], "mean of 60": pixel_mean[category]}
+    for ax, (name, image) in zip(pair, shown.items(), strict=True):
+        ax.imshow(picture(image))
+        ax.set_title(name, fontsize=9)
+        bare(ax)
+figure.suptitle("The mean of good images is not a good image: it is a blur", fontsize="medium")
+plt.show()
+
+# %% [markdown]
+# A round ring with neither corners nor highlights is not a nut, and an even grey is not cloth. What
+# is far from a blur? A corner that happens to point where few others did; a highlight where none
+# was. So the map shows how this image differs from the average photo, defect or not:
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three columns. Each shows a nut above and its baseline map below. The left nut is good, the others have a scratch and rust, outlined in orange. In all three maps the bright places lie along edges and highlights of the nut; the outlined defects do not stand out."}, "figure": {"caption": "Test images of the nut (orange: edge of the mask) and the baseline's maps, all on one colour scale.", "name": "fig-dataset-maps"}}
+images, masks, labels = tested["nut"]
+kinds = [sample.defect for sample in mixed.samples]
+figure, axes = plt.subplots(2, 3, figsize=(5.6, 3.8))
+for column, kind in zip(axes.T, ("good", "scratch", "rust"), strict=True):
+    index = kinds.index(kind)
+    column[0].imshow(picture(images[index]))
+    mapped = column[1].imshow(maps["nut"][index].sqrt(), cmap="viridis", vmin=0, vmax=6)
+    for ax in column:
+        if labels[index]:
+            ax.contour(masks[index], [0.5], colors=[DEFECT], linewidths=1.2)
+        bare(ax)
+    column[0].set_title(kind, fontsize=9)
+figure.colorbar(mapped, ax=axes[1], label=r"$\sqrt{a_p}$", extend="max")
+figure.suptitle("The map shows edges and highlights, not defects", fontsize="medium")
+plt.show()
+
+# %% [markdown]
+# The second exercise turns this around: on a nut that always lies still, the same baseline is
+# perfect. What has to change is not the statistics but what they are computed on. You need numbers
+# that describe *what* is seen and that stay the same when it moves a little. A pretrained network
+# provides them; that is [chapter 2](02_features.ipynb).
+
+# %% [markdown]
+# ## What can go wrong
+#
+# ### A mask is blended
+#
+# The toy mask had one value of 0.25. Here is a real one, stored as 0 and 255, made four times
+# smaller. After that it is compared with 0, as code that expects a mask of zeros and ones would do.
+
+# %%
+stored = torch.from_numpy(np.array(Image.open(scratch.mask)))[None]
+blended = v2.functional.resize(stored, [64, 64], antialias=True)[0]
+kept = v2.functional.resize(stored, [64, 64], interpolation=v2.InterpolationMode.NEAREST)[0]
+area = [float((mask > 0).float().mean()) for mask in (stored, kept, blended)]
+print("values, nearest: ", kept.unique().tolist())
+print("values, bilinear:", len(blended.unique()), "different ones")
+print(f"area against the original, nearest: {area[1] / area[0]:.1f}")
+print("area more than doubled by bilinear:", area[2] > 2 * area[0])
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three enlarged masks of a scratch side by side: the original is a thin bent line; the one resized by nearest is a line of about the same width, with visible steps; the bilinear one is several times as wide."}, "figure": {"caption": "A part of the scratch's mask: the original, reduced by nearest, reduced by bilinear interpolation and compared with 0.", "name": "fig-dataset-bilinear"}}
+rows, columns = (where.unique() for where in torch.where(stored[0] > 0))
+middle = [int(where.float().mean()) // 4 * 4 for where in (rows, columns)]
+top, left = (min(max(at - 40, 0), 256 - 80) for at in middle)
+figure, axes = plt.subplots(1, 3, figsize=(6.5, 2.6))
+for ax, mask, factor, name in zip(
+    axes,
+    (stored[0], kept, blended),
+    (1, 4, 4),
+    ("original", "nearest", "bilinear, then > 0"),
+    strict=True,
+):
+    r, c, side = top // factor, left // factor, 80 // factor
+    ax.imshow((mask > 0)[r : r + side, c : c + side], interpolation="nearest", cmap="magma")
+    ax.set_title(name, fontsize=9)
+    bare(ax)
+figure.suptitle("A blended mask marks pixels that are not part of the defect", fontsize="medium")
+plt.show()
+
+# %% [markdown]
+# Every metric on pixels would now count healthy pixels as missed defect. With bilinear
+# interpolation you would have to compare with half the maximum; with nearest there is nothing to
+# decide.
+
+# %% [markdown]
+# ### The mask does not follow its image
+#
+# Resize to 320 and cut out the central 256 pixels. (The authors of SimpleNet resize to 329 and cut
+# out 288.) If you do it to the image and only resize the mask to 256, the sizes agree, nothing
+# complains, and the mask is wrong.
+
+# %% mystnb={"image": {"alt": "The same enlarged nut with a dent twice. On the left, the orange outline lies around the dent. On the right, the outline is smaller and lies beside it, nearer to the centre of the image."}, "figure": {"caption": "Left: image and mask are resized and cropped together. Right: the mask is only resized.", "name": "fig-dataset-crop"}}
+dented = mixed.samples[8]
+together = ImageFiles([dented], make_transform(320, 256))[0]
+apart = ImageFiles([dented], make_transform(256, 256))[0]["mask"]
+
+figure, axes = plt.subplots(1, 2, figsize=(5.6, 3))
+for ax, mask, name in zip(
+    axes, (together["mask"], apart), ("together", "mask not cropped"), strict=True
+):
+    ax.imshow(picture(together["image"]))
+    ax.contour(mask, [0.5], colors=[DEFECT], linewidths=1.5)
+    ax.set_title(name, fontsize=9)
+    bare(ax)
+figure.suptitle("A mask that is not cropped with its image marks another place", fontsize="medium")
+plt.show()
+
+# %%
+overlap = (together["mask"] & apart).sum() / (together["mask"] | apart).sum()
+print("same shape:", together["mask"].shape == apart.shape)
+print("less than half of the two areas in common:", bool(overlap < 0.5))
+
+# %% [markdown]
+# ### A mask of another size
+#
+# Someone scaled the masks but not the images. The library refuses, and says in one sentence what it
+# found. Without the check, a resize to 256 would make both fit and hide the mistake. The message
+# starts with the path of the file, which is left out here.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    wrong = Path(folder) / "000_mask.png"
+    read_mask(scratch.mask).resize((128, 128)).save(wrong)
+    try:
+        _read(Sample(scratch.image, "scratch", wrong))
+    except SimpleNetError as error:
+        print(str(error).split(": ", 1)[1])
+
+try:
+    AnomalyDataset(data, "bolt", "train", transform)
+except SimpleNetError as error:
+    print(str(error).split(": ", 1)[1])
+
+# %% [markdown]
+# ### Grey images and 16-bit images
+#
+# Some cameras save grey values of 16 bits, from 0 to 65,535. Pillow's own conversion
+# to RGB cuts them off at 255, and all that is brighter than a very dark grey becomes white.
+# `read_image` divides by 257, since $257 \cdot 255 = 65{,}535$. A grey image becomes an RGB image
+# three equal channels.
+#
+# One trap is left. A camera with 12 bits may store its values, 0 to 4,095, in a 16-bit file as they
+# are. Then white is 4,095, nobody can know that from the file, and the image comes out almost
+# black. Multiply such images by 16 before you use them.
+
+# %%
+grey = np.asarray(read_image(scratch.image).convert("L"))
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "camera.png"
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    with Image.open(path) as file:
+        naive = np.asarray(file.convert("RGB"))
+    right = np.asarray(read_image(path))
+    Image.fromarray(grey.astype(np.uint16) * 16).save(path)
+    twelve_bits = np.asarray(read_image(path))
+print("Pillow's conversion: all pixels white:", bool((naive == 255).all()))
+print("read_image: shape", right.shape, "as the 8-bit image:", bool((right[..., 0] == grey).all()))
+print("12 bits in a 16-bit file: brightest value", twelve_bits.max(), "instead of", grey.max())
+
+# %% [markdown]
+# ## What the test set is not for
+#
+# One mistake gives no error message and no strange picture. You try ten variants of a method,
+# measure each on the test set, and report the best. The number is then too high, and here is how
+# much.
+#
+# A thousand "detectors" that know nothing: each gives random scores to 60 images, 20 good and 40
+# with a defect, as in our test sets. The best of them is chosen on this test set and measured again
+# on 60 new images. The whole is repeated 200 times.
+
+
+# %%
+def pair_auroc(scores, labels):
+    """Share of (defect, good) pairs with the defect higher; ties count half. (V, N) to (V,)."""
+    difference = scores[:, labels == 1, None] - scores[:, None, labels == 0]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(1, 2))
+
+
+rng = np.random.default_rng(0)
+labels = np.repeat([0, 1], [20, 40])
+variants = [1, 10, 100, 1000]
+chosen, again = [], []
+for _ in range(200):
+    first = pair_auroc(rng.standard_normal((1000, 60)), labels)
+    chosen.append([first[:count].max() for count in variants])
+    # A detector that knows nothing gives new images new random scores.
+    again.append(pair_auroc(rng.standard_normal((len(variants), 60)), labels))
+chosen, again = np.mean(chosen, axis=0), np.mean(again, axis=0)
+
+sample = rng.standard_normal((1, 60))
+assert abs(pair_auroc(sample, labels)[0] - roc_auc_score(labels, sample[0])) < 1e-12
+assert np.all(abs(again - 0.5) < 0.05) and chosen[-1] > 0.7
+for count, on_test, on_new in zip(variants, chosen, again, strict=True):
+    print(f"best of {count:>4}: {on_test:.2f} on the test set, {on_new:.2f} on new images")
+
+# %% mystnb={"image": {"alt": "Line plot over the number of variants tried, 1 to 1000 on a logarithmic axis. The line for the test set that was used to choose rises from 0.5 to above 0.7. The line for new images stays at 0.5."}, "figure": {"caption": "Image AUROC of the best of many random detectors, mean of 200 repetitions.", "name": "fig-dataset-choice"}}
+figure, axes = plt.subplots(figsize=(6.5, 3))
+axes.plot(variants, chosen, marker="o", color="0.2", label="test set used to choose")
+axes.plot(variants, again, marker="s", color="0.2", linestyle="--", label="new images")
+axes.set(
+    xscale="log",
+    ylim=(0.4, 0.85),
+    xlabel="variants tried (count)",
+    ylabel="image AUROC (no unit)",
+    title="Choosing on the test set makes chance look like skill",
+)
+axes.legend(loc="upper left")
+plt.show()
+
+# %% [markdown]
+# The best of a thousand knows as little as the first, and looks better than our baseline. With real
+# variants the effect is smaller but does not vanish, as the third exercise shows. So nothing may be
+# chosen by looking at the test set: not the number of training steps, not the $δ$ of the
+# baseline, not the {term}`seed`, not the threshold.
+#
+# What may you use instead? Normal images that you hold back from training; that is how
+# [chapter 8](08_localization.ipynb) sets its threshold. Other categories, if you want settings that
+# work for many. And the settings of a publication, fixed before you look.
+
+# %% [markdown]
+# ## Exercises
+#
+# :::{exercise} easy: the detector that always says "good"
+# :label: ex-dataset-accuracy
+#
+# On a line, 1 part in 100 has a defect. A detector says "good" to everything. How many of 100
+# verdicts are right, and how many defects does it find? What is the image AUROC of a detector that
+# gives every image of the nut's test set the same score? Work it out first, then let scikit-learn
+# confirm it.
+#
+# **Expected result:** 99 right, 0 found, AUROC 0.5.
+# :::
+
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+truth = np.array([1] + [0] * 99)
+verdict = np.zeros(100, dtype=int)
+right_verdicts = int((verdict == truth).sum())
+found = int(verdict[truth == 1].sum())
+# Every pair of a defect and a good image is a tie, and a tie counts half.
+constant = roc_auc_score(tested["nut"][2], np.zeros(60))
+print(f"right: {right_verdicts} of 100, defects found: {found}, AUROC: {constant}")
+assert (right_verdicts, found, constant) == (99, 0, 0.5)
+
+# %% [markdown]
+# :::{exercise} medium: a line where the baseline works
+# :label: ex-dataset-fixed
+#
+# Take one good nut, `train["nut"][0]`, that always lies in the same place. Make 60 training images
+# by adding Gaussian noise of standard deviation 0.05, and 40 test images in the same way. In the
+# last 20 of them, darken a square of 6 x 6 pixels by 0.5, its corner at a random place between 70
+# and 180. What is the image AUROC of the baseline? Then turn every image, training and test, by a
+# random angle (`v2.functional.rotate`, bilinear) and measure again. Take the maximum over the
+# central 180 x 180 pixels only: a turned image has empty corners.
+#
+# **Expected result:** 1.0 if the nut lies still; below 0.8 if it is turned.
+# :::
+
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+generator = torch.Generator().manual_seed(0)
+still = train["nut"][0].repeat(100, 1, 1, 1)
+still += 0.05 * torch.randn(still.shape, generator=generator)
+for image in still[80:]:
+    row, column = torch.randint(70, 180, (2,), generator=generator).tolist()
+    image[:, row : row + 6, column : column + 6] -= 0.5
+angles = (360 * torch.rand(100, generator=generator)).tolist()
+turned = torch.stack(
+    [
+        v2.functional.rotate(image, angle, interpolation=v2.InterpolationMode.BILINEAR)
+        for image, angle in zip(still, angles, strict=True)
+    ]
+)
+labels = np.repeat([0, 1], [20, 20])
+results = {}
+for name, images in (("still", still), ("turned", turned)):
+    mean, variance = fit_pixels(images[:60])
+    central = pixel_map(images[60:], mean, variance)[:, 38:218, 38:218]
+    results[name] = roc_auc_score(labels, central.amax(dim=(1, 2)))
+print(f"still: {results['still']:.1f}, turned below 0.8: {results['turned'] < 0.8}")
+assert results["still"] > 0.99 and results["turned"] < 0.8
+
+# %% [markdown]
+# :::{exercise} hard: how much does choosing help the baseline?
+# :label: ex-dataset-choice
+#
+# Make 36 variants of the baseline for the nut: $δ$ of 0.001, 0.01, 0.1 and 1; images averaged over
+# blocks of 1, 4 and 16 pixels (`torch.nn.functional.avg_pool2d`); as image score the maximum of the
+# map, its mean, or the mean of its highest 1%. Split the test set at random into halves with 10
+# good and 20 defect images each. Choose the best variant on one half and measure it on the other.
+# Repeat 200 times and compare the two mean AUROCs.
+#
+# **Expected result:** above 0.58 on the half that chose, below 0.56 on the other.
+# :::
+
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+images, _, labels = tested["nut"]
+labels = labels.numpy()
+variant_scores = []
+for block in (1, 4, 16):
+    mean, variance = fit_pixels(torch.nn.functional.avg_pool2d(train["nut"], block))
+    reduced = torch.nn.functional.avg_pool2d(images, block)
+    for delta in (0.001, 0.01, 0.1, 1):
+        flat = pixel_map(reduced, mean, variance, delta).flatten(1)
+        highest = flat.topk(max(1, flat.shape[1] // 100), dim=1).values
+        variant_scores += [flat.amax(1), flat.mean(1), highest.mean(1)]
+variant_scores = torch.stack(variant_scores).numpy()
+
+rng = np.random.default_rng(0)
+on_chosen, on_other = [], []
+for _ in range(200):
+    good = rng.permutation(np.flatnonzero(labels == 0))
+    defects = rng.permutation(np.flatnonzero(labels == 1))
+    half, other = np.r_[good[:10], defects[:20]], np.r_[good[10:], defects[20:]]
+    here = pair_auroc(variant_scores[:, half], labels[half])
+    on_chosen.append(here.max())
+    on_other.append(pair_auroc(variant_scores[:, other], labels[other])[here.argmax()])
+on_chosen, on_other = np.mean(on_chosen), np.mean(on_other)
+print(f"{len(variant_scores)} variants")
+print(f"above 0.58 on the half that chose: {on_chosen > 0.58}")
+print(f"below 0.56 on the other half: {on_other < 0.56}")
+assert len(variant_scores) == 36 and on_chosen > 0.58 and on_other < 0.56
+
+# %% [markdown]
+# ## Quiz
+#
+# **1. You have 5,000 photos of good parts and 12 of defects. Why not train a classifier on both?**
+#
+# <details>
+# <summary>Answer</summary>
+#
+# It would learn what separates the good parts from these 12. A defect of another kind can lie on
+# the good side of that border, as in the toy example. The 12 are worth more in the test set:
+# without them you could not measure whether any detector works.
+#
+# </details>
+#
+# **2. Why is the mask resized with nearest interpolation and the image is not?**
+#
+# <details>
+# <summary>Answer</summary>
+#
+# A brightness between two pixels' brightnesses is a sensible value, so averaging an image is right,
+# and it avoids jagged edges. A value between "defect" and "no defect" means nothing. Nearest
+# interpolation picks one of the pixels, so a mask of zeros and ones stays one.
+#
+# </details>
+#
+# **3. A colleague trains with 50 seeds and reports the best image AUROC on the test set. What is
+# wrong, and what should the report say?**
+#
+# <details>
+# <summary>Answer</summary>
+#
+# The best of 50 profits from chance on just these test images; on new images that seed does no
+# better than the others. The report should give the mean and the standard deviation over the seeds.
+#
+# </details>
+
+# %% [markdown]
+# ## Summary
+#
+# - Good parts are plenty; defects are few and the next may be unlike all before. So you train on
+#   normal images only and ask how far an image is from normal.
+# - In the MVTec AD layout the folder is the label, and each defect image has a mask.
+# - Image and mask are resized and cropped together; the image is interpolated, the mask keeps its
+#   values by taking the nearest pixel.
+# - Mean and variance of each pixel are a poor picture of normal if the part turns or the yarns
+#   shift: the image AUROC is little better than chance on both categories.
+# - The test set measures, once. Whatever is chosen on it looks better than it is.
+
+# %% [markdown]
+# ## References
+#
+# - {cite:t}`liu2023simplenet`, section 3.1: the training set and the test set of the method that
+#   this book rebuilds.
+# - {cite:t}`bergmann2019mvtec`: MVTec AD, its categories, its masks, and how methods are compared
+#   on it.
+# - {cite:t}`bergmann2021mvtec`: the longer version, with more on evaluation.
+
+# %% [markdown]
+# ## Next
+#
+# Pixels do not stay put, but what they show can be recognised: [Frozen features](02_features.ipynb)
+# looks at the images through a pretrained network.
