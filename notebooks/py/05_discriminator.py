@@ -1,0 +1,931 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The discriminator
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/05_discriminator.ipynb)
+#
+# A small network looks at one feature vector and answers with one number: high for normal, low
+# for anomalous. You build it, train it on points in a plane and then on real vectors.
+#
+# ## What you will learn
+#
+# - **Compute** a discriminator's score by hand, and **count** its parameters.
+# - **See** why one linear layer cannot do the job, and two can.
+# - **Explain** why there is no sigmoid at the end.
+# - **Show** that every position is scored on its own, so that a map costs nothing extra.
+# - **Avoid** two mistakes with BatchNorm: separate batches, and scoring in training mode.
+#
+# ## Before you start
+#
+# You have read chapters 1 to 4: frozen features, the adaptor, noise in feature space. About 20
+# minutes to read; runs in under a minute on two CPU cores, no GPU needed.
+
+# %% tags=["hide-cell", "nbval-ignore-output"]
+# On Colab this installs the library; on your machine `make setup` has done so.
+import importlib.util
+import subprocess
+import sys
+
+REPOSITORY = "https://github.com/OWNER/simplenet-piece-by-piece"
+if importlib.util.find_spec("simplenet_lib") is None:
+    if "/OWNER/" in REPOSITORY:
+        raise SystemExit(
+            "Set the repository's address first: make repository URL=https://github.com/..."
+        )
+    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{REPOSITORY}"]
+    subprocess.run(command, check=True)
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from simplenet_lib.adaptor import Adaptor
+from simplenet_lib.config import preset
+from simplenet_lib.dataset import AnomalyDataset, make_transform, read_image
+from simplenet_lib.features import Standardise, cache_folder, cached_features
+from simplenet_lib.model import SimpleNet
+from simplenet_lib.noise import add_noise
+from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
+from simplenet_lib.synthetic import generate
+from simplenet_lib.weights import find_weights
+
+use_book_style()
+
+# %% [markdown]
+# ## The idea
+#
+# You have normal vectors, and noisy copies of them that stand in for defects
+# ({term}`synthetic anomalies <synthetic anomaly>`, chapter 4). The {term}`discriminator` is a
+# classifier between the two. Its answer is one number, the {term}`score`: above zero for normal,
+# below zero for noisy.
+#
+# Take six vectors in two dimensions. Three are normal and lie near the diagonal. Three are noisy
+# and lie off it, on either side.
+
+# %%
+vectors = torch.tensor([[3, 3], [6, 1], [1, 6], [10, 0], [0, 10], [12, -3]]).float()
+noisy = torch.tensor([False, False, False, True, True, True])
+u = vectors[:, 0] - vectors[:, 1]
+print("x1 - x2, normal:", u[~noisy].int().tolist())
+print("x1 - x2, noisy: ", u[noisy].int().tolist())
+
+# %% [markdown]
+# The difference $u = x_1 - x_2$ tells them apart, but not by one threshold: the normal values lie
+# *between* the noisy ones. A linear layer has one threshold. Two hidden units have two:
+#
+# $$h_1 = x_1 - x_2 - 5, \qquad h_2 = -x_1 + x_2 - 5.$$
+#
+# Each unit then passes a {term}`LeakyReLU`, $\max(x, 0.2\,x)$: positive numbers stay as they are,
+# negative ones shrink to a fifth. Both results are multiplied by $-1$ and added. Work it out for
+# two of the vectors:
+#
+# | vector | $h_1$ | $h_2$ | LeakyReLU | score |
+# |---|---|---|---|---|
+# | (6, 1) | 0 | −10 | 0 and −2 | $-(0) - (-2) = 2$ |
+# | (10, 0) | 5 | −15 | 5 and −3 | $-(5) - (-3) = -2$ |
+
+# %%
+W1 = torch.tensor([[1, -1], [-1, 1]]).float()  # one row a hidden unit
+b1 = torch.tensor([-5, -5]).float()
+w2 = torch.tensor([-1, -1]).float()
+
+
+def leaky(x):
+    return torch.maximum(x, 0.2 * x)
+
+
+def toy_score(x):
+    return leaky(x @ W1.T + b1) @ w2
+
+
+for vector, score in zip(vectors.int().tolist(), toy_score(vectors).tolist(), strict=True):
+    print(vector, "score", round(score), "normal" if score > 0 else "noisy")
+
+# %% mystnb={"image": {"alt": "A plane with three normal points near the diagonal and three noisy points off it. A bright diagonal band with positive scores, bounded by two white parallel lines, contains the normal points only."}, "figure": {"caption": "The score of the two-unit discriminator. On the white lines it is zero.", "name": "fig-discriminator-toy"}} tags=["hide-input"]
+ticks = torch.linspace(-6, 16, 221)
+plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1)
+figure, axis = plt.subplots(figsize=(5.2, 4))
+field = axis.imshow(
+    toy_score(plane.view(-1, 2)).view(221, 221),
+    origin="lower",
+    extent=(-6, 16, -6, 16),
+    cmap="viridis",
+    vmin=-6,
+    vmax=2,
+)
+axis.contour(ticks, ticks, toy_score(plane.view(-1, 2)).view(221, 221), levels=[0], colors="white")
+axis.scatter(*vectors[~noisy].T, color=NORMAL, edgecolor="white", s=70, label="normal")
+axis.scatter(*vectors[noisy].T, color=DEFECT, edgecolor="white", s=70, marker="s", label="noisy")
+axis.set(title="Two hidden units bound a band", xlabel="$x_1$", ylabel="$x_2$")
+axis.legend(loc="upper left", labelcolor="white")
+figure.colorbar(field, label="score (high is normal)", extend="min")
+plt.show()
+
+# %% [markdown]
+# A band is closed in one direction only. The point (20, 20) lies on the diagonal, far from all
+# normal vectors, and still scores 2. More hidden units add more lines, and many lines close the
+# region on all sides. That is all the hidden layer is for.
+
+# %%
+print("score of (20, 20):", round(toy_score(torch.tensor([20.0, 20.0])).item()))
+
+# %% [markdown]
+# ## From the paper
+#
+# Section 3.4 calls the discriminator $D_ψ$ a "normality scorer": a two-layer perceptron that
+# answers with one number for one {term}`adapted feature` $z$. In our notation, with $K$ hidden
+# units:
+#
+# $$s = D_ψ(z) = w_2^\top \, \mathrm{LeakyReLU}(\mathrm{BN}(W_1 z + b_1))$$ (eq-discriminator)
+#
+# $W_1$ is a matrix of shape `(K, A)`, $b_1$ and $w_2$ are vectors of length $K$. BN is
+# {term}`BatchNorm`; the published code has it, the course version leaves it out, and the library
+# makes it an option. The second layer has no bias. Zero is where normal and noisy meet, and the
+# loss of chapter 6 is symmetric around it.
+#
+# Predict the shapes for $B$ vectors of length $A = 512$ and $K = 512$: `(B, 512)` goes in,
+# `(B, 512)` is the hidden layer, `(B, 1)` comes out of the second layer, and dropping the last
+# dimension leaves `(B,)`: one score a vector.
+
+# %% [markdown]
+# ## Build it
+#
+# First in plain steps, one line a symbol of {eq}`eq-discriminator`, without BatchNorm:
+
+# %%
+torch.manual_seed(0)
+z = torch.randn(6, 512)  # (B, A)
+first = nn.Linear(512, 512)  # W1 and b1
+second = nn.Linear(512, 1, bias=False)  # w2
+hidden = F.leaky_relu(first(z), 0.2)
+scores = second(hidden)
+print(tuple(z.shape), tuple(hidden.shape), tuple(scores.shape), tuple(scores.squeeze(1).shape))
+
+# %% [markdown]
+# The library's version is the same, with the option. `nn.Identity` stands where BatchNorm would
+# be, so `forward` needs no `if`. `squeeze(1)` drops the last dimension only; a bare `squeeze()`
+# would also drop the batch when it holds a single vector.
+
+
+# %% tags=["library"]
+class Discriminator(nn.Module):
+    """Linear, LeakyReLU, Linear on single feature vectors."""
+
+    def __init__(self, channels: int, hidden: int, *, batchnorm: bool = False) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden)
+        self.norm = nn.BatchNorm1d(hidden) if batchnorm else nn.Identity()
+        self.activation = nn.LeakyReLU(0.2)
+        self.score = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Score vectors (B, D) with one number each, (B,): high is normal, low is anomalous."""
+        hidden = self.activation(self.norm(self.hidden(vectors)))
+        scores: Tensor = self.score(hidden).squeeze(1)
+        return scores
+
+
+# %% [markdown]
+# Count the parameters before the code does. $W_1$ has 512 · 512 = 262,144 numbers and $b_1$ has
+# 512. BatchNorm has a scale and a shift for each hidden unit: 2 · 512 = 1,024. $w_2$ has 512.
+# Together 263,168 without BatchNorm and 264,192 with it.
+
+# %%
+for batchnorm in (False, True):
+    network = Discriminator(512, 512, batchnorm=batchnorm)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    print(f"BatchNorm {batchnorm!s:5}: {count:,} parameters")
+
+# %% [markdown]
+# ## Check it
+#
+# Two checks. The class with the six-vector weights must give the scores you computed by hand. And
+# on random vectors it must agree with matrix algebra in NumPy that uses no PyTorch layer. BatchNorm
+# has two formulas there: in training mode it uses the mean and variance of the batch, in
+# {term}`evaluation mode` the ones it remembers.
+
+# %%
+toy = Discriminator(2, 2)
+toy.load_state_dict({"hidden.weight": W1, "hidden.bias": b1, "score.weight": w2[None]})
+assert toy(vectors).tolist() == [2, 2, 2, -2, -2, -6]
+
+
+def by_matrices(network, x, training):
+    """Equation eq-discriminator in float64, from the network's numbers alone."""
+    state = {name: value.numpy().astype(float) for name, value in network.state_dict().items()}
+    h = x @ state["hidden.weight"].T + state["hidden.bias"]
+    if "norm.weight" in state:
+        mean = h.mean(0) if training else state["norm.running_mean"]
+        variance = h.var(0) if training else state["norm.running_var"]
+        h = (h - mean) / np.sqrt(variance + 1e-5) * state["norm.weight"] + state["norm.bias"]
+    h = np.where(h > 0, h, 0.2 * h)
+    return h @ state["score.weight"][0]
+
+
+for batchnorm in (False, True):
+    network = Discriminator(512, 512, batchnorm=batchnorm)
+    x = torch.randn(64, 512)
+    for training in (True, False):
+        network.train(training)
+        expected = by_matrices(network, x.double().numpy(), training)
+        np.testing.assert_allclose(network(x).detach().numpy(), expected, atol=1e-4)
+print("OK: the class gives the scores by hand and those of plain matrix algebra")
+
+# %% [markdown]
+# ## One position at a time
+#
+# The discriminator never sees an image. It sees vectors, and it scores each without looking at the
+# others. So you can hand it all {term}`positions <position>` of an image as one batch, and fold the
+# scores back into the grid: the result is a map. Nothing extra is trained for
+# {term}`anomaly localization`. Shuffle the positions, and the scores are shuffled in the same way:
+
+# %%
+torch.manual_seed(0)
+network = Discriminator(512, 512, batchnorm=True).eval()
+grid = torch.randn(1, 512, 32, 32)  # (N, A, h, w)
+positions = grid.permute(0, 2, 3, 1).flatten(0, 2)  # (N*h*w, A)
+with torch.no_grad():
+    scores = network(positions)
+    order = torch.randperm(len(positions))
+    shuffled = network(positions[order])
+    alone = network(positions[:1])
+print("positions", tuple(positions.shape), "-> map", tuple(scores.view(1, 32, 32).shape))
+assert torch.allclose(shuffled, scores[order], atol=1e-5)
+assert torch.allclose(alone, scores[:1], atol=1e-5)
+print("OK: shuffled positions give shuffled scores; one position alone gets the same score")
+
+# %% [markdown]
+# The price: a position cannot compare itself with its neighbours here. Whatever context a score
+# needs must already be in the vector, through the {term}`receptive field` of chapter 2.
+#
+# ## What it does
+#
+# ### On points in a plane
+#
+# Now train one. The normal points lie on a ring of radius 3. The noisy ones are normal points plus
+# noise with $σ = 1$, drawn anew at every step. The {term}`margin loss` is chapter 6's subject; here
+# one sentence is enough: it asks for normal scores above 0.5 and noisy scores below −0.5, and
+# charges what is missing.
+
+
+# %%
+def hinge(normal, noisy):
+    """Charge what normal scores lack to 0.5, and what noisy ones exceed -0.5 by."""
+    return F.relu(0.5 - normal).mean() + F.relu(0.5 + noisy).mean()
+
+
+def train(network, draw, sigma, *, steps, rate, loss=hinge, together=True):
+    """Train ``network`` on normal vectors from ``draw`` and noisy copies; return the last loss."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+    network.train()
+    for _ in range(steps):
+        normal = draw(generator)
+        noisy = add_noise(normal, sigma, generator)
+        if together:
+            normal_scores, noisy_scores = network(torch.cat([normal, noisy])).chunk(2)
+        else:
+            normal_scores, noisy_scores = network(normal), network(noisy)
+        value = loss(normal_scores, noisy_scores)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    network.eval()
+    return value.item()
+
+
+def ring(generator, count=256):
+    """Points on a circle of radius 3, (count, 2)."""
+    angle = 2 * torch.pi * torch.rand(count, generator=generator)
+    return 3 * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+torch.manual_seed(0)
+plane_network = Discriminator(2, 64)
+ticks = torch.linspace(-7, 7, 141)
+plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1).view(-1, 2)
+with torch.no_grad():
+    before = plane_network(plane).view(141, 141)
+train(plane_network, ring, 1.0, steps=500, rate=0.02)
+with torch.no_grad():
+    after = plane_network(plane).view(141, 141)
+
+# %% mystnb={"image": {"alt": "Two score fields over the plane with blue points on a ring and orange noisy points around it. Before training a bent line crosses the plane. After training two closed curves enclose the ring from inside and outside."}, "figure": {"caption": "Score field on a toy. White: score zero. Only what lies between the two closed curves counts as normal.", "name": "fig-discriminator-ring"}} tags=["hide-input"]
+generator = torch.Generator().manual_seed(5)
+some = ring(generator, 100)
+others = add_noise(some, 1.0, generator)
+figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True)
+for axis, values in zip(axes, (before, after), strict=True):
+    field = axis.imshow(
+        values, origin="lower", extent=(-7, 7, -7, 7), cmap="viridis", vmin=-2, vmax=1
+    )
+    axis.contour(ticks, ticks, values, levels=[0], colors="white", linewidths=2)
+    axis.scatter(*some.T, color=NORMAL, s=7, label="normal")
+    axis.scatter(*others.T, color=DEFECT, s=7, label="noisy")
+    axis.set(xlabel="$x_1$", xlim=(-5.5, 5.5), ylim=(-5.5, 5.5))
+axes[0].set(title="Before training: a bent line", ylabel="$x_2$")
+axes[1].set(title="After: closed around the ring")
+axes[0].legend(loc="upper left", labelcolor="white", markerscale=2, borderpad=0)
+figure.colorbar(field, ax=axes, label="score (high is normal)", extend="both")
+plt.show()
+
+# %% tags=["nbval-ignore-output"]
+with torch.no_grad():
+    many = ring(generator, 4000)
+    normal_scores = plane_network(many)
+    noisy_scores = plane_network(add_noise(many, 1.0, generator))
+print(f"normal points above zero: {(normal_scores > 0).float().mean():.0%}")
+print(f"noisy points below zero:  {(noisy_scores < 0).float().mean():.0%}")
+
+# %%
+assert (normal_scores > 0).float().mean() > 0.95
+assert 0.5 < (noisy_scores < 0).float().mean() < 0.9
+print("OK: nearly all normal points are recognised, and most of the noisy ones")
+
+# %% [markdown]
+# A good share of the noisy points stays above zero, and rightly so: in two dimensions noise often
+# moves a point along the ring, or hardly at all. In 512 dimensions noise is never short; chapter 4
+# showed that its length is always close to $σ\sqrt{A}$. So expect the real vectors to be *easier*
+# than the toy.
+#
+# ### On real vectors
+#
+# Take normal nuts. Their frozen features come from the library's cache on disk (chapter 7), are
+# standardised (chapter 2) and adapted (chapter 3). The adaptor stays as it was initialised, so that
+# all learning sits in the discriminator; chapter 7 trains both. The first 20 images are for
+# training. Four other normal images and four defect images are only looked at.
+
+# %% tags=["nbval-ignore-output"]
+data = generate(cache_folder() / "synthetic")
+normal_images = AnomalyDataset(data, "nut", "train", make_transform(256, 256))
+test_images = AnomalyDataset(data, "nut", "test", make_transform(256, 256))
+config = preset("fast", layers=("layer2", "layer3"), neighbourhood=1, resize=256, crop=256)
+model = SimpleNet(config, find_weights("resnet50"))
+features = cached_features(model.features, normal_images, model.feature_key(), progress=False)
+
+# %%
+standardise = Standardise(1536)
+standardise.fit(features, range(20))
+torch.manual_seed(0)
+adaptor = Adaptor(1536, 512)
+
+
+@torch.no_grad()
+def adapt(maps):
+    """Frozen features (N, C, h, w) to adapted vectors (N*h*w, A)."""
+    return adaptor(standardise(maps)).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def cached(images):
+    return torch.from_numpy(features[images].copy()).float().permute(0, 3, 1, 2)
+
+
+training = torch.cat([adapt(cached(range(at, at + 4))) for at in range(0, 20, 4)])
+held_out = adapt(cached(range(20, 24)))
+first_of = {
+    name: [i for i, sample in enumerate(test_images.samples) if sample.defect == name]
+    for name in ("rust", "dent", "fibre", "scratch")
+}
+chosen = [first_of["rust"][3], first_of["dent"][2], first_of["fibre"][3], first_of["scratch"][7]]
+defects = adapt(model.features(torch.stack([test_images[i]["image"] for i in chosen])))
+print("training", tuple(training.shape))
+print("held out", tuple(held_out.shape), " defects", tuple(defects.shape))
+
+# %% [markdown]
+# Now the same training on vectors of length 512, with $σ = 0.5$ and BatchNorm:
+
+
+# %%
+def draw_real(generator, count=1024):
+    """Random training vectors, (count, 512)."""
+    return training[torch.randint(len(training), (count,), generator=generator)]
+
+
+torch.manual_seed(1)
+network = Discriminator(512, 512, batchnorm=True)
+train(network, draw_real, 0.5, steps=100, rate=6e-4)
+
+noisy_held_out = add_noise(held_out, 0.5, torch.Generator().manual_seed(9))
+with torch.no_grad():
+    normal_scores, noisy_scores = network(held_out), network(noisy_held_out)
+    score_maps = -network(defects).view(4, 32, 32)
+
+# %% mystnb={"image": {"alt": "Two histograms of scores. Normal scores lie mostly between 0 and 1.5, noisy scores mostly between minus 1.5 and 0, with a small overlap around zero."}, "figure": {"caption": "Scores of four normal images that were not trained on, and of the same vectors with noise.", "name": "fig-discriminator-scores"}}
+figure, axis = plt.subplots(figsize=(6.5, 2.8))
+bins = np.linspace(-2.5, 2, 61)
+axis.hist(normal_scores, bins, color=NORMAL, alpha=0.7, label="normal")
+axis.hist(noisy_scores, bins, color=DEFECT, alpha=0.7, label="noisy")
+axis.axvline(0, color="black", linewidth=1)
+axis.set(title="Zero separates most of the scores", xlabel="score", ylabel="positions")
+axis.legend()
+plt.show()
+
+
+# %% [markdown]
+# How well are they separated? One number says it: the share of all pairs of a normal and a noisy
+# vector in which the normal one scores higher. It is called {term}`AUROC`; 0.5 is guessing, 1 is
+# perfect. Chapter 8 works it out by hand.
+
+
+# %% tags=["nbval-ignore-output"]
+def auroc(high, low):
+    """Share of pairs in which the score from ``high`` exceeds the one from ``low``."""
+    labels = np.r_[np.ones(len(high)), np.zeros(len(low))]
+    return roc_auc_score(labels, np.r_[high, low])
+
+
+print(f"normal above zero {(normal_scores > 0).float().mean():.1%}")
+print(f"noisy below zero  {(noisy_scores < 0).float().mean():.1%}")
+print(f"AUROC             {auroc(normal_scores, noisy_scores):.3f}")
+
+# %%
+assert auroc(normal_scores, noisy_scores) > 0.95
+print("OK: on vectors of 512 channels the noisy ones are told apart, far better than in the plane")
+
+# %% [markdown]
+# Separating noise is the exercise, not the aim. The discriminator has never seen a defect. Here is
+# its {term}`score map`, $-s$ folded back into the 32 x 32 grid, for four defects:
+
+# %% mystnb={"image": {"alt": "Four photographs of nuts with the marked defect outlined, and below each its score map. The maps glow on the rust and the fibre and more faintly on the dent; on the faint scratch nothing stands out."}, "figure": {"caption": "Top: defect outlined. Bottom: score map, bright is anomalous, one scale for all four.", "name": "fig-discriminator-map"}} tags=["hide-input"]
+figure, axes = plt.subplots(2, 4, figsize=(6.8, 3.8))
+for column, image, score_map in zip(axes.T, chosen, score_maps, strict=True):
+    sample = test_images.samples[image]
+    column[0].imshow(read_image(sample.image).resize((256, 256)))
+    column[0].contour(test_images[image]["mask"], levels=[0.5], colors=[DEFECT], linewidths=1.2)
+    column[0].set_title(sample.defect)
+    shown = column[1].imshow(score_map, cmap="inferno", vmin=-1.5, vmax=2)
+    for axis in column:
+        axis.set(xticks=[], yticks=[])
+figure.suptitle("Trained on noise, it finds real defects, but not all", fontsize="medium")
+figure.colorbar(shown, ax=axes[1], label="−score", extend="both")
+plt.show()
+
+
+# %% tags=["nbval-ignore-output"]
+def found(maps):
+    """AUROC of the marked positions against the others, for each of the four images."""
+    result = {}
+    for image, score_map in zip(chosen, maps, strict=True):
+        mask = test_images[image]["mask"].float()[None]
+        marked = F.adaptive_max_pool2d(mask, 32)[0] > 0
+        value = auroc(score_map[marked], score_map[~marked])
+        result[test_images.samples[image].defect] = round(float(value), 2)
+    return result
+
+
+together_found = found(score_maps)
+print(together_found)
+
+# %%
+assert min(together_found[name] for name in ("rust", "dent", "fibre")) > 0.9
+assert together_found["scratch"] < 0.8
+print("OK: rust, dent and fibre stand out in their maps; this scratch does not")
+
+# %% [markdown]
+# The scratch was chosen because it is missed. Nothing guarantees that a discriminator trained on
+# noise notices a defect; chapter 8 looks at more of the misses.
+#
+# ## What can go wrong
+#
+# ### A single linear layer
+#
+# Why not leave the hidden layer out? A linear score of a noisy vector is
+# $s' = w^\top z + b + w^\top ε = s + w^\top ε$: the normal score plus a number that is as often
+# positive as negative. So half of the noisy vectors score *higher* than their originals, whatever
+# $w$ is. Noise surrounds each vector on all sides, and one plane is no enclosure.
+#
+# The loss shows it, too. $ε$ and $-ε$ are equally likely, and moving a score up and down by the
+# same amount never makes the average charge smaller. So the charge is at least that of no noise at
+# all, $\max(0, 0.5 - s) + \max(0, 0.5 + s)$, and this is never below 1.
+
+# %%
+torch.manual_seed(1)
+linear = nn.Sequential(nn.Linear(512, 1), nn.Flatten(0))
+train(linear, draw_real, 0.5, steps=100, rate=6e-3)
+with torch.no_grad():
+    linear_normal, linear_noisy = linear(held_out), linear(noisy_held_out)
+lower = (linear_noisy < linear_normal).float().mean().item()
+linear_loss = hinge(linear_normal, linear_noisy).item()
+print(f"noisy vectors that score below their originals: {lower:.1f} of all")
+assert abs(lower - 0.5) < 0.04 and linear_loss > 0.97
+assert abs(auroc(linear_normal, linear_noisy) - 0.5) < 0.04
+print("OK: the linear layer guesses, and its loss stays at 1")
+
+# %% [markdown]
+# (On a finite draw of noise the measured loss may fall slightly below 1.)
+#
+# ### Dead units
+#
+# Why LeakyReLU {cite:p}`maas2013rectifier` and not ReLU, $\max(x, 0)$? Look at the slopes on the
+# left of zero.
+
+# %% mystnb={"image": {"alt": "Two curves that coincide for positive inputs. For negative inputs ReLU is flat at zero and LeakyReLU falls gently with slope 0.2."}, "figure": {"caption": "The two activations.", "name": "fig-discriminator-leaky"}}
+x = torch.linspace(-10, 5, 151)
+figure, axis = plt.subplots(figsize=(6.5, 2.6))
+axis.plot(x, leaky(x), color=NORMAL, label="LeakyReLU(0.2)")
+axis.plot(x, F.relu(x), color="black", linestyle="--", label="ReLU")
+axis.set(
+    title="Left of zero ReLU is flat: no slope, no gradient", xlabel="input", ylabel="activation"
+)
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# On the six vectors, a ReLU in place of the LeakyReLU leaves both hidden units silent for all
+# normal vectors: their scores are 0, and so is every gradient of the weights below.
+
+# %%
+for activation in (nn.ReLU(), nn.LeakyReLU(0.2)):
+    toy.activation = activation
+    toy.zero_grad()
+    scores = toy(vectors[~noisy])
+    scores.sum().backward()
+    size = toy.hidden.weight.grad.abs().sum().item()
+    print(f"{type(activation).__name__:9} scores {scores.int().tolist()}, gradient {size:.1f}")
+
+# %% [markdown]
+# A unit that is silent for *every* vector gets no gradient at all, so it never changes: it is dead.
+# Provoke it on the ring: push all hidden biases down by 5 before training, and count the units that
+# have not moved after 500 steps.
+
+# %%
+cases = {
+    "ReLU": (nn.ReLU(), False),
+    "LeakyReLU": (nn.LeakyReLU(0.2), False),
+    "BatchNorm + ReLU": (nn.ReLU(), True),
+}
+losses = {}
+for shift in (-5, 0):
+    for name, (activation, batchnorm) in cases.items():
+        torch.manual_seed(0)
+        pushed = Discriminator(2, 64, batchnorm=batchnorm)
+        pushed.activation = activation
+        with torch.no_grad():
+            pushed.hidden.bias += shift
+        start = pushed.hidden.weight.detach().clone()
+        losses[name, shift] = train(pushed, ring, 1.0, steps=500, rate=0.02)
+        unmoved = int((pushed.hidden.weight == start).all(dim=1).sum())
+        print(f"biases {shift:+d}, {name:16}: {unmoved:2} of 64 units never moved")
+
+# %% tags=["nbval-ignore-output"]
+for (name, shift), value in losses.items():
+    print(f"biases {shift:+d}, {name:16}: loss {value:.2f}")
+
+# %%
+assert losses["LeakyReLU", -5] < losses["ReLU", -5]
+assert losses["ReLU", 0] < losses["LeakyReLU", 0]
+print("OK: pushed down, LeakyReLU ends lower; started as usual, ReLU does")
+
+# %% [markdown]
+# Pushed down, most ReLU units are lost for good. But read the other half as well: from the usual
+# start no unit is lost, and on this toy ReLU even gets to the lower loss. LeakyReLU is an
+# insurance, not a gain. BatchNorm is another: it centres every unit over the batch, whatever its
+# bias.
+#
+# ### A sigmoid at the end
+#
+# Classifiers often end in a sigmoid, $1 / (1 + e^{-s})$, which turns a score into a number between
+# 0 and 1. This one must not, for three reasons.
+#
+# *The loss.* It asks for noisy scores below −0.5. A sigmoid has no negative values, so every noisy
+# vector is charged at least 0.5, for ever.
+#
+# *The gradient.* The slope of the sigmoid is $p\,(1 - p)$, close to 0 once $p$ is close to 0 or 1.
+#
+# *The ranking.* Call $p = 1 / (1 + e^{s})$ the probability of an anomaly. Go away from the band of
+# six vectors to (25, 0), (50, 0) and (100, 0). By hand, the scores are −14, −34 and −74: farther is
+# more anomalous. See what is left of that in float32:
+
+# %%
+far = torch.tensor([[25.0, 0.0], [50.0, 0.0], [100.0, 0.0]])
+for vector, score in zip(far.int().tolist(), toy_score(far), strict=True):
+    p = torch.sigmoid(-score)
+    print(f"{vector!s:9} score {score.item():4.0f}   p == 1: {bool(p == 1)!s:5}", end="   ")
+    print(
+        f"slope == 0: {bool(p * (1 - p) == 0)!s:5}   1 / (1 + exp(-s)): {torch.sigmoid(score):.0e}"
+    )
+best = hinge(torch.tensor([1.0]), torch.tensor([0.0])).item()
+print("lowest margin loss that sigmoids can reach:", best)
+
+# %% [markdown]
+# The numbers just below 1 in float32 are about $6 \cdot 10^{-8}$ apart. From a score of about −17
+# on, $p$ is exactly 1 and its slope exactly 0. The second and third vector are tied. (The probability
+# of *normal*, in the last column, keeps them apart, because floating-point numbers lie densely near
+# 0. There the ties wait at the other end.)
+#
+# Does this happen to real vectors? Scores grow large when the loss never stops asking.
+# {term}`Cross-entropy <cross-entropy>`, the usual loss behind a sigmoid, is of that kind (chapter 6
+# compares the two). Train with it, longer and at a higher learning rate, and look at the image with
+# the fibre.
+
+
+# %%
+def cross_entropy(normal, noisy):
+    """Minus the log of the sigmoid for normal scores, of one minus the sigmoid for noisy ones."""
+    return F.softplus(-normal).mean() + F.softplus(noisy).mean()
+
+
+def draw_fewer(generator):
+    return draw_real(generator, 512)
+
+
+torch.manual_seed(1)
+eager = Discriminator(512, 512)
+train(eager, draw_fewer, 0.5, steps=300, rate=3e-3, loss=cross_entropy)
+with torch.no_grad():
+    fibre = -eager(defects).view(4, 32, 32)[2]
+probability = torch.sigmoid(fibre)
+
+# %% tags=["nbval-ignore-output"]
+print(f"scores from {-fibre.max():.1f} to {-fibre.min():.1f}")
+exact, half = int((probability == 1).sum()), int((probability.half() == 1).sum())
+print(f"positions with probability exactly 1: {exact} in float32, {half} in float16")
+for name, values in (("scores", fibre), ("probabilities", probability)):
+    different = len(values.flatten().topk(20).values.unique())
+    print(f"different values among the 20 highest {name}: {different}")
+
+# %%
+assert half > exact > 0
+assert len(fibre.flatten().topk(20).values.unique()) > 15
+print("OK: the scores rank every position; the probabilities tie at 1")
+
+# %% mystnb={"image": {"alt": "Two maps of the same nut with a fibre. The score map shows a bright fibre with a gradation of brightness. The probability map shows most of the fibre and its surroundings in one flat yellow."}, "figure": {"caption": "The image with the fibre: scores rank the positions, probabilities are flat where it matters.", "name": "fig-discriminator-sigmoid"}}
+figure, axes = plt.subplots(1, 2, figsize=(6.5, 3))
+panels = (
+    (fibre, "Scores still rank", "−score"),
+    (probability, "Probabilities are flat", "probability of an anomaly"),
+)
+for axis, (values, title, label) in zip(axes, panels, strict=True):
+    shown = axis.imshow(values, cmap="inferno")
+    axis.set(title=title, xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axis, label=label, shrink=0.9)
+plt.show()
+
+# %% [markdown]
+# The maximum of the map is the {term}`image score` of chapter 8. Two images whose maxima are both
+# exactly 1 cannot be ranked any more. Nothing is wrong with this network's scores, only with what
+# the sigmoid makes of them: keep the score before it.
+#
+# ### Normal and noisy in separate batches
+#
+# The first thing that noise changes is the spread: noisy vectors scatter more. BatchNorm divides by
+# the spread of its batch. By hand: normal values −1 and 1 have spread 1. Noisy values −3 and 3 have
+# spread 3. Each pair alone becomes −1 and 1. Together, all four are divided by $\sqrt 5$, and the
+# noisy ones stay three times as far out.
+
+
+# %%
+def rounded(values):
+    return [round(value, 2) for value in values.flatten().tolist()]
+
+
+norm = nn.BatchNorm1d(1, affine=False)  # a new one is in training mode
+inner, outer = torch.tensor([[-1.0], [1.0]]), torch.tensor([[-3.0], [3.0]])
+print("separate:", rounded(norm(inner)), rounded(norm(outer)))
+print("together:", rounded(norm(torch.cat([inner, outer]))))
+
+# %% [markdown]
+# Passing the two kinds one after the other looks harmless in code, but it takes exactly this
+# difference away from the training. And in evaluation mode the network then meets an average of
+# both kinds' statistics, which it was never trained with. Train again, with `together=False`, and
+# compare the spread of the hidden units before and after BatchNorm:
+
+# %%
+torch.manual_seed(1)
+separate = Discriminator(512, 512, batchnorm=True)
+train(separate, draw_real, 0.5, steps=100, rate=6e-4, together=False)
+with torch.no_grad():
+    separate_normal, separate_noisy = separate(held_out), separate(noisy_held_out)
+    separate_maps = -separate(defects).view(4, 32, 32)
+    raw = [separate.hidden(vectors) for vectors in (held_out, noisy_held_out)]
+    normed = [F.batch_norm(hidden, None, None, training=True) for hidden in raw]
+ratios = [(noisy.std(0) / normal.std(0)).mean().item() for normal, noisy in (raw, normed)]
+assert ratios[0] > 1.05 and abs(ratios[1] - 1) < 0.001
+print("OK: before BatchNorm noisy vectors scatter more; after separate BatchNorm, equally")
+
+# %% tags=["nbval-ignore-output"]
+separate_found = found(separate_maps)
+print(f"spread of noisy over normal: {ratios[0]:.2f} before, {ratios[1]:.2f} after BatchNorm")
+print(f"together: normal against noisy {auroc(normal_scores, noisy_scores):.2f}", together_found)
+print(
+    f"separate: normal against noisy {auroc(separate_normal, separate_noisy):.2f}", separate_found
+)
+
+# %%
+assert auroc(separate_normal, separate_noisy) < auroc(normal_scores, noisy_scores) - 0.05
+assert sum(separate_found.values()) < sum(together_found.values()) - 0.4
+print("OK: trained on separate batches it separates noise worse and localizes much worse")
+
+# %% mystnb={"image": {"alt": "Score maps of the four defect images in two rows. Top row, trained together: rust, dent and fibre glow. Bottom row, trained separately: the maps are noisy and the defects do not stand out."}, "figure": {"caption": "Score maps of the four defects (rust, dent, fibre, scratch), each row on its own scale.", "name": "fig-discriminator-separate"}} tags=["hide-input"]
+figure, axes = plt.subplots(2, 4, figsize=(6.5, 3.7))
+rows = (("together", score_maps), ("separate", separate_maps))
+for row, (name, maps) in zip(axes, rows, strict=True):
+    for axis, image, score_map in zip(row, chosen, maps, strict=True):
+        low, high = np.quantile(maps, [0.02, 0.995])
+        axis.imshow(score_map, cmap="inferno", vmin=low, vmax=high)
+        axis.set(xticks=[], yticks=[])
+        if name == "together":
+            axis.set_title(test_images.samples[image].defect)
+    row[0].set_ylabel(name)
+figure.suptitle("BatchNorm on separate batches loses the defects", fontsize="medium")
+plt.show()
+
+# %% [markdown]
+# It still separates noise to some degree: BatchNorm leaves the shape of each unit's distribution
+# and the relations between units. But the maps are hardly of use. So `torch.cat` in `train` is not
+# a convenience. Without BatchNorm each vector passes on its own, and it would make no difference.
+#
+# ### Scoring in training mode
+#
+# In training mode BatchNorm uses the batch at hand. Then a vector's score depends on its company, a
+# single vector cannot be scored at all, and every call changes the remembered statistics.
+
+# %%
+restless = Discriminator(512, 512, batchnorm=True)
+restless.load_state_dict(network.state_dict())
+restless.train()
+remembered = restless.norm.running_mean.clone()
+with torch.no_grad():
+    among_normal = restless(held_out[:1024])[0]
+    among_noisy = restless(torch.cat([held_out[:1], noisy_held_out[:1023]]))[0]
+print("same score in other company:", bool((among_normal - among_noisy).abs() < 0.01))
+print("remembered statistics kept: ", bool((restless.norm.running_mean == remembered).all()))
+try:
+    restless(held_out[:1])
+except ValueError as error:
+    print("one vector alone:", type(error).__name__, "-", str(error).split(",")[0])
+
+restless.eval()
+with torch.no_grad():
+    among_normal = restless(held_out[:1024])[0]
+    among_noisy = restless(torch.cat([held_out[:1], noisy_held_out[:1023]]))[0]
+    alone = restless(held_out[:1])[0]
+assert torch.allclose(among_normal, among_noisy, atol=1e-4)
+assert torch.allclose(among_normal, alone, atol=1e-4)
+print("OK: in evaluation mode the company does not matter")
+
+# %% [markdown]
+# ## Exercises
+#
+# :::{exercise} easy: count the published discriminator
+# :label: ex-discriminator-count
+#
+# The published code takes vectors of length 1,536 and has 1,024 hidden units with BatchNorm. Count
+# its parameters on paper, then in code.
+#
+# **Expected result:** 1,576,960.
+# :::
+
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+by_hand = 1536 * 1024 + 1024 + 2 * 1024 + 1024
+published = Discriminator(1536, 1024, batchnorm=True)
+by_code = sum(parameter.numel() for parameter in published.parameters())
+print(f"{by_hand:,} and {by_code:,}")
+assert by_hand == by_code == 1_576_960
+
+# %% [markdown]
+# :::{exercise} medium: close the band
+# :label: ex-discriminator-close
+#
+# The two-unit discriminator accepts (20, 20) and (−20, −20). Add two hidden units, by hand, with
+# integer weights, so that both get a negative score and the six vectors keep their signs.
+#
+# **Expected result:** scores above 0 for the three normal vectors, below 0 for the other five.
+# :::
+
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+# The sum x1 + x2 is 6 or 7 for the normal vectors: bound it from above (9) and from below (5).
+closed = Discriminator(2, 4)
+closed.load_state_dict(
+    {
+        "hidden.weight": torch.cat([W1, torch.tensor([[1.0, 1.0], [-1.0, -1.0]])]),
+        "hidden.bias": torch.cat([b1, torch.tensor([-9.0, 5.0])]),
+        "score.weight": -torch.ones(1, 4),
+    }
+)
+eight = torch.cat([vectors, torch.tensor([[20.0, 20.0], [-20.0, -20.0]])])
+signs = (closed(eight) > 0).tolist()
+print("normal:", signs)
+assert signs == [True, True, True, False, False, False, False, False]
+
+# %% [markdown]
+# :::{exercise} medium: where the discriminator was never asked
+# :label: ex-discriminator-hole
+#
+# Train `Discriminator(2, 64)` on the ring with $σ = 0.4$ instead of 1, otherwise as above. The
+# centre of the ring is far from every normal point. What is its score, and why?
+#
+# **Expected result:** above zero: the centre counts as normal. With $σ = 1$ it is below zero.
+# :::
+
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+# Noise of 0.4 practically never carries a point over a distance of 3. The network was never asked
+# about the centre, and whatever it answers there costs nothing.
+torch.manual_seed(0)
+short_sighted = Discriminator(2, 64)
+train(short_sighted, ring, 0.4, steps=500, rate=0.02)
+centre = torch.zeros(1, 2)
+for sigma, trained in ((0.4, short_sighted), (1.0, plane_network)):
+    print(f"sigma {sigma}: centre is", "normal" if trained(centre).item() > 0 else "anomalous")
+assert short_sighted(centre).item() > 0 > plane_network(centre).item()
+
+# %% [markdown]
+# :::{exercise} hard: when a linear layer seems to work
+# :label: ex-discriminator-memory
+#
+# Take 200 training vectors and 200 noisy copies, with noise drawn once. Find a linear layer that
+# separates all 400 (`torch.linalg.lstsq`). Then try it on 4,096 held-out vectors with new noise.
+# Why does this not contradict the chapter?
+#
+# **Expected result:** all 400 right, and about half of the new ones.
+# :::
+
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# @title Solution
+# 400 equations with 512 unknowns have an exact solution, so any labels can be memorised.
+# The chapter draws the noise anew at every step: there is nothing to memorise.
+few = training[:: len(training) // 200][:200].double()
+known = torch.cat([few, add_noise(few, 0.5, torch.Generator().manual_seed(3))])
+labels = torch.cat([torch.ones(200), -torch.ones(200)]).double()
+weights = torch.linalg.lstsq(known, labels, driver="gelsd").solution
+right = int((torch.sign(known @ weights) == labels).sum())
+new = torch.cat([held_out, noisy_held_out]).double()
+new_labels = torch.cat([torch.ones(len(held_out)), -torch.ones(len(held_out))])
+share = (torch.sign(new @ weights) == new_labels).float().mean().item()
+print(f"known: {right} of 400 right; new: about half right: {abs(share - 0.5) < 0.05}")
+assert right == 400 and abs(share - 0.5) < 0.05
+
+# %% [markdown]
+# ## Quiz
+#
+# **1. Why does the discriminator need a hidden layer, although the task has only two classes?**
+#
+# <details>
+# <summary>Answer</summary>
+#
+# Because one class surrounds the other. A linear layer puts one plane into the space, and the noise
+# lands on both sides of it equally often. Hidden units add planes, and together they enclose the
+# normal vectors.
+#
+# </details>
+#
+# **2. The network is trained on single vectors. Where does the map come from?**
+#
+# <details>
+# <summary>Answer</summary>
+#
+# Every position of the feature grid is one vector and gets one score, independent of the others.
+# Put back into the grid, the scores are a map. A score sees as much of the image as its vector
+# does: the receptive field of the backbone.
+#
+# </details>
+#
+# **3. You score normal images and defect images in evaluation mode. Why do they not need to be in
+# one batch, although in training normal and noisy vectors do?**
+#
+# <details>
+# <summary>Answer</summary>
+#
+# In evaluation mode BatchNorm uses remembered statistics, the same for every vector, so the batch
+# does not matter. In training mode it uses those of the batch, and separate batches would hide the
+# difference in spread.
+#
+# </details>
+#
+# ## Summary
+#
+# - The discriminator is Linear, optionally BatchNorm, LeakyReLU, Linear without bias: one vector
+#   in, one score out, high for normal. At 512 channels it has 263,168 parameters, or 264,192 with
+#   BatchNorm.
+# - Noise surrounds normal vectors, so the boundary must close around them. A linear layer cannot do
+#   that; a hidden layer can.
+# - It scores each position on its own. A map is the scores, put back into the grid.
+# - Keep the raw score: a sigmoid cannot satisfy the margin loss, loses its gradient and ties the
+#   most anomalous positions.
+# - With BatchNorm, pass normal and noisy vectors together, and score in evaluation mode.
+#
+# ## References
+#
+# - {cite:t}`liu2023simplenet`, section 3.4: the discriminator; section 3.5: how it is trained.
+# - {cite:t}`maas2013rectifier`: LeakyReLU, there with a slope of 0.01, and why ReLU units get
+#   stuck.
+# - {cite:t}`ioffe2015batchnorm`: BatchNorm, with the two formulas for training and inference.
+#
+# ## Next
+#
+# You have used a loss that was explained in one sentence. [The margin loss](06_margin_loss.ipynb)
+# takes it apart.
