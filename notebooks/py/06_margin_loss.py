@@ -589,9 +589,9 @@ assert torch.allclose(10 * unit_history.loss, tenfold_history.loss, rtol=1e-4)
 print("OK: m = 5 gives ten times the scores of m = 0.5, in the same order")
 
 # %% [markdown]
-# Two warnings belong to this result. The first: in single precision, the usual one, a tenfold number
-# rounds differently, and training lets such tiny differences grow. The same pair again, with single
-# precision as the only change, is no longer the same:
+# Two warnings belong to this result. The first: in single precision, the usual one, a tenfold
+# number rounds differently, and training lets such tiny differences grow. The same pair again, with
+# single precision as the only change, drifts apart:
 
 # %% tags=["nbval-ignore-output"]
 single = {**small, "dtype": torch.float32}
@@ -601,15 +601,14 @@ pair = (
 )
 with torch.inference_mode():
     one, ten = (head(vectors.float()).flatten() for head in pair)
-print(
-    f"double precision: scores differ by up to {(unit_scores - tenfold_scores / 10).abs().max():.0e}"
-)
+double_gap = (unit_scores - tenfold_scores / 10).abs().max()
+print(f"double precision: scores differ by up to {double_gap:.0e}")
 print(f"single precision: scores differ by up to {(one - ten / 10).abs().max():.0e}")
 
 # %% [markdown]
 # The second warning: it holds only if the last layer and its learning rate are scaled as well. If
-# you change nothing but the margin, you ask an unchanged network for ten times the scores. After the
-# same 80 steps it has got less far.
+# you change nothing but the margin, you ask an unchanged network for ten times the scores. After
+# the same 80 steps it has got less far.
 
 # %%
 far_head, far_history, _ = short_training(margin_loss_5, MARGIN_5)
@@ -618,9 +617,8 @@ far_head, far_history, _ = short_training(margin_loss_5, MARGIN_5)
 far_auroc = image_auroc(score_maps(far_head))
 near = runs["margin loss", 0][1]
 print(f"m = 0.5: loss / 2m goes from {near.loss[0]:.2f} to {near.loss[-1]:.2f}")
-print(
-    f"m = 5:   loss / 2m goes from {far_history.loss[0] / 10:.2f} to {far_history.loss[-1] / 10:.2f}"
-)
+far = far_history.loss / 10
+print(f"m = 5:   loss / 2m goes from {far[0]:.2f} to {far[-1]:.2f}")
 print(f"image AUROC {aurocs['margin loss', 0]:.3f} and {far_auroc:.3f}")
 
 # %%
@@ -650,7 +648,7 @@ left.legend(loc="upper right")
 right.plot(stuck.normal, color=NORMAL, label="normal above +m")
 right.plot(stuck.noisy, color=DEFECT, ls="--", label="noisy below −m")
 right.set(title="... and both shares at 0", xlabel="training step", ylim=(-0.03, 1.03))
-right.set_ylabel("share beyond the margin, stuck")
+right.set_ylabel("share beyond the margin")
 right.legend(loc="upper right")
 plt.show()
 
