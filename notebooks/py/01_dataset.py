@@ -26,7 +26,7 @@
 # ## Before you start
 #
 # You know basic PyTorch: tensors, `Dataset`, `DataLoader`. You need to know nothing about anomaly
-# detection. About 20 minutes to read; runs in under a minute on two CPU cores, no GPU needed. The
+# detection. About 25 minutes to read; runs in under a minute on two CPU cores, no GPU needed. The
 # images are drawn by the library, so there is nothing to download.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
@@ -108,8 +108,8 @@ print("unforeseen to known:     ", distance(unforeseen, known))
 # %% [markdown]
 # A classifier that learned from both classes asks: is the part nearer to the good ones or nearer to
 # the known defect? Between $(5, 4)$ and $(9, 4)$ the border runs at width 7. Now a new kind of
-# defect appears at $(1, 4)$. It is 4 away from the good parts and 8 away from the known defect, so
-# the classifier calls it good.
+# defect appears at $(1, 4)$. It is 4 away from the centre of the good parts and 8 away from the
+# known defect, so the classifier calls it good.
 #
 # The other question needs no defect at all: how far is the part from normal? No good part is
 # farther than 1 from the centre. Both defects are at 4. Any limit in between, such as 2, finds
@@ -151,7 +151,7 @@ plt.show()
 #
 # - Training set: $x_1, \dots, x_n$, all with $y = 0$.
 # - Test set: images of both kinds. Each has a {term}`mask` in $\{0, 1\}^{H \times W}$ that says
-#   which pixels belong to a defect.
+#   which pixels belong to a defect; for a good image it is 0 everywhere.
 #
 # Wanted is an {term}`anomaly map`: one number for every pixel, high where something is wrong. Its
 # maximum is the {term}`image score`, one number for the image. A {term}`threshold` on the image
@@ -162,9 +162,10 @@ plt.show()
 # variance:
 #
 # $$
-# μ_{c,p} = \frac{1}{n} \sum_{i=1}^{n} x_{i,c,p}
-# \qquad
-# v_{c,p} = \frac{1}{n} \sum_{i=1}^{n} \left(x_{i,c,p} - μ_{c,p}\right)^2
+# \begin{aligned}
+# μ_{c,p} &= \frac{1}{n} \sum_{i=1}^{n} x_{i,c,p} \\
+# v_{c,p} &= \frac{1}{n} \sum_{i=1}^{n} \left(x_{i,c,p} - μ_{c,p}\right)^2
+# \end{aligned}
 # $$ (eq-dataset-statistics)
 #
 # A pixel of a new image is anomalous if it is far from the mean, measured against the variance:
@@ -235,7 +236,8 @@ plt.show()
 # %% [markdown]
 # ### A list of samples
 #
-# First write down which image belongs to which mask. In plain Python that is one loop:
+# First write down which image belongs to which mask. In plain Python that is one loop, here over
+# every twelfth test image of the nut:
 
 # %%
 test = data / "nut" / "test"
@@ -266,7 +268,7 @@ print(", ".join(FORMATS))
 
 @dataclass(frozen=True)
 class Sample:
-    """One image on disk: its defect type (``"good"`` if none) and its mask, if it has one."""
+    """An image on disk, its defect type (``"good"`` if none) and its mask, if any."""
 
     image: Path
     defect: str
@@ -377,7 +379,9 @@ print("label:", scratch.label)
 # not *resized* in the same way. Take this mask of 4 x 4 pixels and halve it:
 
 # %%
-toy = torch.tensor([[[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]], dtype=torch.float32)
+toy = torch.zeros(1, 4, 4)
+toy[:, 1:, 1:] = 1
+print(toy[0].long())
 
 blend = v2.functional.resize(
     toy, [2, 2], interpolation=v2.InterpolationMode.BILINEAR, antialias=False
@@ -408,7 +412,7 @@ print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 # %% [markdown]
 # The library's transform is four of those steps. It resizes to a square (a picture that is not
 # square is stretched, its mask too), cuts out the centre, turns the image's bytes into floats from
-# 0 to 1, and normalises each colour. The mean and the standard deviation for that last step are
+# 0 to 1 (`"others"`, the mask, stays as it is), and normalises each colour. The mean and the standard deviation for that last step are
 # those of the network of [chapter 2](02_features.ipynb), which was trained on images normalised in
 # this way.
 #
@@ -526,7 +530,7 @@ print("test: ", dict(Counter(sample.defect for sample in mixed.samples)))
 # %% [markdown]
 # ### Batches
 #
-# A `DataLoader` stacks items to batches. Predict the shapes of a batch of 8 before you run the
+# A `DataLoader` stacks items into batches. Predict the shapes of a batch of 8 before you run the
 # cell:
 #
 # - `image`: `(8, 3, 256, 256)`, float32. The channels come first now, as PyTorch wants them.
@@ -557,7 +561,7 @@ def fit_pixels(images):
 
 
 def pixel_map(images, mean, variance, delta=0.01):
-    """Squared distance from the mean in units of the variance: (N, 3, H, W) to (N, H, W)."""
+    """Squared distance from the mean over the variance: (N, 3, H, W) to (N, H, W)."""
     return ((images - mean) ** 2 / (variance + delta)).mean(dim=1)
 
 
@@ -593,7 +597,8 @@ for category in ("nut", "cloth"):
         ]
         assert [s.label for s in mine] == [s.label for s in theirs]
 first, same = mixed[0], AnomalyDataset(data, "nut", "test", transform)[0]
-assert torch.equal(first["image"], same["image"]) and torch.equal(first["mask"], same["mask"])
+assert torch.equal(first["image"], same["image"])
+assert torch.equal(first["mask"], same["mask"])
 print("OK: the library finds the same images and masks, in the same order")
 
 # %% [markdown]
@@ -609,7 +614,8 @@ for index in (0, 12, 47):
     undone = (undone + torch.tensor(IMAGENET_MEAN)) * 255
     assert np.abs(undone.numpy() - stored_pixels).max() < 1e-3
     if sample.mask is not None:
-        assert np.array_equal(item["mask"].numpy(), np.asarray(Image.open(sample.mask)) > 0)
+        stored_mask = np.asarray(Image.open(sample.mask))
+        assert np.array_equal(item["mask"].numpy(), stored_mask > 0)
     assert item["mask"].any() == bool(item["label"])
 
 some = torch.stack([normal[index]["image"] for index in range(4)])
@@ -626,8 +632,8 @@ print("OK: images and masks are those of the files, the variance is NumPy's")
 def load(category, split):
     """All images (N, 3, 256, 256), masks (N, 256, 256) and labels (N,) of one split."""
     dataset = ShortAnomalyDataset(data, category, split, transform)
-    batches = list(DataLoader(dataset, batch_size=20))
-    return [torch.cat([batch[name] for batch in batches]) for name in ("image", "mask", "label")]
+    everything = next(iter(DataLoader(dataset, batch_size=len(dataset))))
+    return everything["image"], everything["mask"], everything["label"]
 
 
 train, tested, pixel_mean, maps, scores = {}, {}, {}, {}, {}
@@ -637,7 +643,7 @@ for category in ("nut", "cloth"):
     pixel_mean[category], variance = fit_pixels(train[category])
     maps[category] = pixel_map(tested[category][0], pixel_mean[category], variance)
     scores[category] = maps[category].amax(dim=(1, 2))
-    print(f"{category}: maps {tuple(maps[category].shape)}, scores {tuple(scores[category].shape)}")
+    print(category, "maps", tuple(maps[category].shape), "scores", tuple(scores[category].shape))
 
 # %% [markdown]
 # How good are these scores? Take every pair of one defect image and one good image. The
@@ -655,11 +661,10 @@ for category in ("nut", "cloth"):
     highest = maps[category].flatten(1).argmax(dim=1, keepdim=True)
     on_defect = masks.flatten(1).gather(1, highest)[labels == 1]
     hits[category] = int(on_defect.sum())
-    print(
-        f"{category}: image AUROC {auroc[category]:.2f};"
-        f" highest pixel on the defect in {hits[category]} of {len(on_defect)} images;"
-        f" median defect {masks[labels == 1].float().mean((1, 2)).median():.1%} of its image"
-    )
+    area = masks[labels == 1].float().mean(dim=(1, 2)).median()
+    print(f"{category:5}  image AUROC {auroc[category]:.2f}")
+    print(f"       highest pixel on the defect in {hits[category]} of {len(on_defect)} images")
+    print(f"       median defect {area:.1%} of its image")
 
 # %%
 for category in ("nut", "cloth"):
@@ -833,7 +838,7 @@ except SimpleNetError as error:
 #
 # Some cameras save grey values of 16 bits, from 0 to 65,535. Pillow's own conversion
 # to RGB cuts them off at 255, and all that is brighter than a very dark grey becomes white.
-# `read_image` divides by 257, since $257 \cdot 255 = 65{,}535$. A grey image becomes an RGB image
+# `read_image` divides by 257, since $257 \cdot 255 = 65{,}535$. A grey image becomes an RGB image of
 # three equal channels.
 #
 # One trap is left. A camera with 12 bits may store its values, 0 to 4,095, in a 16-bit file as they
@@ -851,8 +856,8 @@ with tempfile.TemporaryDirectory() as folder:
     Image.fromarray(grey.astype(np.uint16) * 16).save(path)
     twelve_bits = np.asarray(read_image(path))
 print("Pillow's conversion: all pixels white:", bool((naive == 255).all()))
-print("read_image: shape", right.shape, "as the 8-bit image:", bool((right[..., 0] == grey).all()))
-print("12 bits in a 16-bit file: brightest value", twelve_bits.max(), "instead of", grey.max())
+print("read_image:", right.shape, "as the 8-bit image:", bool((right[..., 0] == grey).all()))
+print("12 bits in a 16-bit file: at most", twelve_bits.max(), "instead of", grey.max())
 
 # %% [markdown]
 # ## What the test set is not for
@@ -868,7 +873,7 @@ print("12 bits in a 16-bit file: brightest value", twelve_bits.max(), "instead o
 
 # %%
 def pair_auroc(scores, labels):
-    """Share of (defect, good) pairs with the defect higher; ties count half. (V, N) to (V,)."""
+    """AUROC as a share of pairs, a tie counting half: (V, N) for V detectors to (V,)."""
     difference = scores[:, labels == 1, None] - scores[:, None, labels == 0]
     return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(1, 2))
 

@@ -9,8 +9,7 @@
 # %% [markdown]
 # # Frozen features
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/02_features.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/02_features.ipynb)
 #
 # Pixels are a poor measure of what is normal. In this chapter you replace them by the inner outputs
 # of a network that has seen a million photos, and you get a first anomaly map without any training.
@@ -25,7 +24,7 @@
 #
 # ## Before you start
 #
-# You have read chapter 1. You know what a convolution and a residual network are. About 25 minutes
+# You have read chapter 1. You know what a convolution and a residual network are. About 30 minutes
 # to read; runs in under a minute on two CPU cores, no GPU needed. The first run downloads the
 # weights of ResNet-50, about 100 MB.
 
@@ -209,6 +208,9 @@ print("strides:", weights.strides)
 
 
 # %% tags=["library"]
+# simplenet_lib/features.py
+
+
 def build_backbone(name: str, weights: Weights) -> models.ResNet:
     """A torchvision ResNet that holds ``weights`` and strides where they want it."""
     torchvision_url(name)  # refuses names outside the ResNet family
@@ -372,31 +374,31 @@ for strides in ("conv2", "conv1"):
 # %% tags=["nbval-ignore-output"]
 def half_side(gradient, centre=160):
     """Side in pixels of the square around the centre with half of the gradient."""
-    rows, columns = np.indices(gradient.shape)
-    ring = np.maximum(abs(rows - centre), abs(columns - centre))
-    share = np.bincount(ring.ravel(), gradient.ravel()).cumsum() / gradient.sum()
-    return 2 * int(np.searchsorted(share, 0.5)) + 1
+    for reach in range(centre):
+        inside = slice(centre - reach, centre + reach + 1)
+        if gradient[inside, inside].sum() > gradient.sum() / 2:
+            return 2 * reach + 1
 
 
 halves = {layer: half_side(gradient) for layer, gradient in gradients.items()}
 print("half of the gradient lies in a square of this side, in pixels:", halves)
 
 # %%
-fields = {
-    f"layer{stage}": receptive_field(layers_up_to(stage, weights.strides)) for stage in (2, 3)
-}
+fields = {}
+for stage in (2, 3):
+    fields[f"layer{stage}"], _ = receptive_field(layers_up_to(stage, weights.strides))
 for layer, half in halves.items():
-    assert half < fields[layer][0] / 2.5
+    assert half < fields[layer] / 2.5
 print("OK: half of the gradient lies well inside, in both layers")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two square heat maps of 320 by 320 pixels. In each, brightness is concentrated in the centre and falls off towards a solid square, outside of which everything is black. The solid square is much larger for layer3 and nearly fills the picture; a small dashed square marks the centre."}, "figure": {"caption": "Gradient of one position at every pixel (brightness: its fifth root, so that faint values show). Solid: the receptive field worked out by hand. Dashed: the square that holds half of the gradient.", "name": "fig-features-receptive"}}
 figure, panels = plt.subplots(1, 2, figsize=(6.5, 3.5), sharey=True)
 for axes, (layer, gradient) in zip(panels, gradients.items(), strict=True):
     axes.imshow((gradient / gradient.max()) ** 0.2, cmap="magma")
-    for side, style in ((fields[layer][0], "-"), (halves[layer], "--")):
+    for side, style in ((fields[layer], "-"), (halves[layer], "--")):
         corner = 160 - side / 2
         axes.add_patch(plt.Rectangle((corner, corner), side, side, fill=False, ec="w", ls=style))
-    axes.set(title=f"{layer} sees {fields[layer][0]} px", xlabel="column (px)")
+    axes.set(title=f"{layer} sees {fields[layer]} px", xlabel="column (px)")
 panels[0].set_ylabel("row (px)")
 figure.suptitle("A position sees much and looks mostly at its centre", fontsize="medium")
 plt.show()
@@ -448,11 +450,16 @@ print(fine_row.flatten().tolist())
 #   finer layer is averaged down to it, a coarser one is interpolated up.
 # - `neighbourhood` averages every layer over a square of so many positions a side; 1 leaves it
 #   alone.
+# - `channels` adds up the layers' channels, read off their last BatchNorm: `bn3` in a bottleneck,
+#   `bn2` in the smaller blocks of a ResNet-18.
 # - `no_grad` saves the memory for a backward pass that never comes, and `channels_last` is only an
 #   order of numbers in memory that many processors like better.
 
 
 # %% tags=["library"]
+# simplenet_lib/features.py
+
+
 class FrozenFeatures(nn.Module):
     """Outputs of a frozen backbone's layers on one grid (paper, section 3.1)."""
 
@@ -552,10 +559,11 @@ figure.suptitle("The channels differ widely in scale", fontsize="medium")
 plt.show()
 
 # %% tags=["nbval-ignore-output"]
-print("deviation of the channels       1%    median   99%    almost always 0")
+print("deviation of the channels: the 1% quantile, the median, the 99% quantile")
 for (name, layer), values in deviations.items():
     low, middle, high = np.quantile(values, (0.01, 0.5, 0.99))
-    print(f"{name:5}  {layer}          {low:9.4f}{middle:9.2f}{high:7.2f}{silent[name, layer]:12}")
+    numbers = f"{low:8.4f}{middle:8.2f}{high:8.2f}"
+    print(f"{name:5}  {layer}  {numbers}    almost always 0: {silent[name, layer]:3}")
 
 # %%
 for values in deviations.values():
@@ -565,8 +573,8 @@ assert silent["cloth", "layer2"] + silent["cloth", "layer3"] > 24
 print("OK: scales differ widely; on cloth, dozens of channels are almost always 0")
 
 # %% [markdown]
-# Two things stand out. Most channels of layer3 are smaller than those of layer2, and within a layer
-# they differ by a factor of about ten and more. On cloth, dozens of channels are 0 at more than
+# Two things stand out. Most channels of layer3 spread less than those of layer2, and within a layer
+# the spreads differ by a factor of about ten and more. On cloth, dozens of channels are 0 at more than
 # 95% of all positions: detectors of things that do not occur on cloth.
 #
 # The remedy is {term}`standardisation`: subtract each channel's mean over the normal images, divide
@@ -588,8 +596,8 @@ print("OK: divided by its deviation alone, a channel passes 10 even on normal im
 
 # %% [markdown]
 # One such entry outweighs a hundred ordinary ones in any distance, and it is a normal image that
-# holds it. So the library adds 0.3 times the *mean* deviation of all channels to each deviation,
-# and clips the result to ±3. Work it through for three channels and four vectors:
+# holds it. So the library adds 0.3 (`FLOOR`) times the *mean* deviation of all channels to each
+# deviation, and clips the result to ±3 (`LIMIT`). Work it through for three channels and four vectors:
 #
 # | | channel 1 | channel 2 | channel 3 |
 # |---|---|---|---|
@@ -600,12 +608,15 @@ print("OK: divided by its deviation alone, a channel passes 10 even on normal im
 # | standardised | 0.5 | -1 | 5, clipped to 3 |
 #
 # The silent third channel still says loudly that something is new, but it can no longer drown out
-# the rest. In the library the features lie in half precision with the channels last,
-# `(n, h, w, C)`; `fit` measures them image by image, in double precision. Until then the module
-# passes features on unchanged.
+# the rest. In the library the features lie in {term}`half precision` with the channels last,
+# `(n, h, w, C)`, an array that it calls `FeatureMaps`. `fit` measures them image by image, in double
+# precision. Until then the module passes features on unchanged.
 
 
 # %% tags=["library"]
+# simplenet_lib/features.py
+
+
 class Standardise(nn.Module):
     """Give every channel mean 0 and deviation about 1 over the normal images, and bound it."""
 
@@ -656,8 +667,7 @@ print("standardised:", [round(value, 2) for value in toy(new).flatten().tolist()
 #
 # First the features, without `create_feature_extractor`: a *forward hook* is a function that
 # PyTorch calls with the output of a module during an ordinary forward pass. Layer3 is enlarged by
-# hand, with the 3/4 and 1/4 of the toy example. Then the standardisation, against NumPy's own mean
-# and deviation.
+# hand, with the 3/4 and 1/4 of the toy example.
 
 # %%
 caught = {}
@@ -677,7 +687,13 @@ enlarged = 0.75 * rows[..., nearer] + 0.25 * rows[..., farther]
 expected = torch.cat([caught["layer2"], enlarged], dim=1)
 assert expected.shape == (2, 1536, 32, 32)
 assert (frozen(pair) - expected).abs().max() < 1e-3
+print("OK: the features equal those of hooks, with layer3 enlarged by hand")
 
+# %% [markdown]
+# Then the standardisation, fitted on all eight images and applied to the first, against NumPy's own
+# mean and deviation.
+
+# %%
 halved = {
     name: features.permute(0, 2, 3, 1).half().numpy()
     for name, features in (("nut", nut_normal), ("cloth", cloth_normal))
@@ -685,13 +701,14 @@ halved = {
 standardise = {name: Standardise(frozen.channels) for name in halved}
 for name, maps in halved.items():
     standardise[name].fit(maps, range(len(maps)))
-    values = maps.reshape(-1, frozen.channels).astype(np.float64)
-    mean, deviation = values.mean(axis=0), values.std(axis=0)
+    mean = maps.mean(axis=(0, 1, 2), dtype=np.float64)
+    deviation = maps.std(axis=(0, 1, 2), dtype=np.float64)
     divisor = deviation + 0.3 * deviation.mean()
-    expected = np.clip((values - mean) / divisor, -3, 3)
-    found = standardise[name](torch.from_numpy(maps).float().permute(0, 3, 1, 2))
-    assert np.abs(vectors(found).numpy() - expected).max() < 1e-3
-print("OK: the features equal those of hooks, their standardisation that of NumPy")
+    expected = np.clip((maps[0] - mean) / divisor, -3, 3)
+    first = torch.from_numpy(maps[:1]).float().permute(0, 3, 1, 2)
+    found = standardise[name](first)[0].permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).max() < 1e-3
+print("OK: the standardised features equal NumPy's, for nut and for cloth")
 
 # %% [markdown]
 # ## What it does
@@ -703,38 +720,41 @@ print("OK: the features equal those of hooks, their standardisation that of NumP
 # features. The directions come from normal images only; the pictures are test images.
 
 # %%
-chosen = {
-    "nut": [sample.defect for sample in test["nut"].samples].index("broken_corner"),
-    "cloth": [sample.defect for sample in test["cloth"].samples].index("hole"),
-}
-pictures = []
-for name, normal in (("nut", nut_normal), ("cloth", cloth_normal)):
+kinds = {name: [sample.defect for sample in test[name].samples] for name in test}
+columns = []
+for name, normal, defect in (
+    ("nut", nut_normal, "broken_corner"),
+    ("cloth", cloth_normal, "hole"),
+):
     rows = vectors(standardise[name](normal))[::4].numpy()
     pca = PCA(3, svd_solver="randomized", random_state=0).fit(rows)
     low, high = np.quantile(pca.transform(rows), (0.02, 0.98), axis=0)
-    good = [sample.defect for sample in test[name].samples].index("good")
-    images = load(test[name], [good, chosen[name]])
+    images = load(test[name], [kinds[name].index("good"), kinds[name].index(defect)])
     components = pca.transform(vectors(standardise[name](frozen(images))).numpy())
     colours = ((components - low) / (high - low)).clip(0, 1).reshape(2, 32, 32, 3)
-    pictures += zip(images, colours, ("good", test[name].samples[chosen[name]].defect), strict=True)
-print("components:", pca.components_.shape, "coloured grids:", len(pictures))
+    columns += zip(images, colours, ("good", defect), strict=True)
+print("components:", pca.components_.shape, "coloured grids:", len(columns))
 
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Four images above, their coloured feature grids below: a good nut, a nut with a broken corner, good cloth, cloth with a hole. In the grids of the nuts, belt, nut face, rim and hole have different colours; the cloth is a regular pattern in which the hole stands out."}, "figure": {"caption": "Test images, and their standardised features reduced to three numbers a position. One colour scheme for each category.", "name": "fig-features-pca"}}
-def show(axes, image):
-    """Undo the normalisation and draw."""
-    image = image * torch.tensor(IMAGENET_STD)[:, None, None]
-    image = image + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    axes.imshow(image.clamp(0, 1).permute(1, 2, 0))
+def picture(image):
+    """Undo the normalisation: (3, H, W) to (H, W, 3), 0 to 1."""
+    undone = image.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
+    return undone.clamp(0, 1)
+
+
+def show(axes, pixels, **options):
+    """Draw without frame and ticks."""
     axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes.imshow(pixels, **options)
 
 
 figure, panels = plt.subplots(2, 4, figsize=(6.5, 3.6))
-for column, (image, colours, defect) in zip(panels.T, pictures, strict=True):
-    show(column[0], image)
-    column[0].set_title(defect.replace("_", " "), fontsize=9)
-    column[1].imshow(colours, interpolation="nearest")
-    column[1].set(xticks=[], yticks=[])
+for panel, (image, colours, defect) in zip(panels.T, columns, strict=True):
+    show(panel[0], picture(image))
+    panel[0].set_title(defect.replace("_", " "), fontsize=9)
+    show(panel[1], colours, interpolation="nearest")
 panels[0, 0].set_ylabel("image")
 panels[1, 0].set_ylabel("features, 32 x 32")
 figure.suptitle("Similar parts of an image have similar features", fontsize="medium")
@@ -748,8 +768,8 @@ plt.show()
 #
 # ### The distance to the nearest normal feature
 #
-# Now the second toy example with real features. The *memory* is a random sample of 1,024 of the
-# 8,192 normal vectors of eight nuts. Every position of a test image gets the distance to its
+# Now the second toy example with real features. The *memory* is a random sample of 512 of the 8,192
+# normal vectors of eight nuts. Every position of a test image gets the distance to its
 # nearest neighbour in the memory. That is an {term}`anomaly map` of 32x32, and its maximum is the
 # {term}`image score`. This method has a name, PatchCore {cite:p}`roth2022patchcore`, though
 # PatchCore chooses its memory with more care. The test set here is a handful: ten good nuts and two
@@ -757,10 +777,11 @@ plt.show()
 
 
 # %%
-def draw_memory(features, seed, size=1024):
+def draw_memory(features, seed, size=512):
     """A random sample of the vectors of all positions, (size, C)."""
     rows = vectors(features)
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:size]]
+    generator = torch.Generator().manual_seed(seed)
+    return rows[torch.randperm(len(rows), generator=generator)[:size]]
 
 
 def nearest(features, memory):
@@ -769,11 +790,10 @@ def nearest(features, memory):
     return torch.cdist(vectors(features), memory).amin(dim=1).view(number, height, width)
 
 
-places = {}
-for index, sample in enumerate(test["nut"].samples):
-    places.setdefault(sample.defect, []).append(index)
-handful = places.pop("good")[:10] + [index for group in places.values() for index in group[::4]]
-names = [test["nut"].samples[index].defect for index in handful]
+good = [index for index, kind in enumerate(kinds["nut"]) if kind == "good"]
+defects = [index for index, kind in enumerate(kinds["nut"]) if kind != "good"]
+handful = good[:10] + defects[::4]
+names = [kinds["nut"][index] for index in handful]
 labels = np.array([name != "good" for name in names])
 nut_images = load(test["nut"], handful)
 nut_test = torch.cat([frozen(batch) for batch in nut_images.split(5)])
@@ -783,19 +803,16 @@ standard = {"normal": standardise["nut"](nut_normal), "test": standardise["nut"]
 maps = nearest(standard["test"], draw_memory(standard["normal"], seed=0))
 print("maps:", tuple(maps.shape))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Six nuts above, their distance maps below: a good nut and one of each of five defects, with the marked defect outlined. In several maps the defect is the brightest spot; the good nut's map is darker but not empty, with a faint hexagon along its edge."}, "figure": {"caption": "Nut images with the marked defect outlined, and the distance of every position to the nearest of 1,024 normal vectors. All maps share one scale.", "name": "fig-features-nearest"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Six nuts above, their distance maps below: a good nut and one of each of five defects, with the marked defect outlined. In several maps the defect is the brightest spot; the good nut's map is darker but not empty, with a faint hexagon along its edge."}, "figure": {"caption": "Nut images with the marked defect outlined, and the distance of every position to the nearest of 512 normal vectors. All maps share one scale.", "name": "fig-features-nearest"}}
 columns = [0, *range(10, 20, 2)]
 figure, panels = plt.subplots(2, len(columns), figsize=(7, 2.6))
 for column, place in zip(panels.T, columns, strict=True):
-    show(column[0], nut_images[place])
+    show(column[0], picture(nut_images[place]))
     mask = test["nut"][handful[place]]["mask"].numpy()
     if mask.any():
         column[0].contour(mask, levels=[0.5], colors=[DEFECT], linewidths=1)
     column[0].set_title(names[place].replace("_", " "), fontsize=8)
-    shown = column[1].imshow(
-        maps[place], cmap="magma", vmin=float(maps.min()), vmax=float(maps.max())
-    )
-    column[1].set(xticks=[], yticks=[])
+    shown = show(column[1], maps[place], cmap="magma", vmin=maps.min(), vmax=maps.max())
 figure.colorbar(shown, ax=panels[1], label="distance", fraction=0.02)
 figure.suptitle("Defects are far from everything normal, mostly", fontsize="medium")
 plt.show()
@@ -815,11 +832,13 @@ for kind, normal, features in (
     for seed in range(3):
         scores = nearest(features, draw_memory(normal, seed)).amax(dim=(1, 2))
         aurocs[kind].append(roc_auc_score(labels, scores))
-    print(f"{kind:13}", [f"{value:.2f}" for value in aurocs[kind]], f"{np.mean(aurocs[kind]):.2f}")
+    draws = "  ".join(f"{value:.2f}" for value in aurocs[kind])
+    print(f"{kind:13} draws: {draws}   mean: {np.mean(aurocs[kind]):.2f}")
 
 # %%
 assert 0.65 < np.mean(aurocs["standardised"]) < 1
-print("OK: better than chance, without any training, and not yet a detector")
+assert np.mean(aurocs["raw"]) < np.mean(aurocs["standardised"])
+print("OK: better than chance without any training, and better standardised than raw")
 
 # %% [markdown]
 # Eight images and no training already do better than chance, and the standardised features do
@@ -835,13 +854,11 @@ print("OK: better than chance, without any training, and not yet a detector")
 # ### You forget `eval()`
 #
 # Here is a network that is frozen only halfway: no parameter has a gradient, but it is in training
-# mode. Compute the features of one nut alone, and of the same nut in a batch with three others.
+# mode. Compute the features of one nut alone, and of the same nut in a batch with another.
 
 # %%
 half_frozen = create_feature_extractor(new_network, ["layer2"]).requires_grad_(False)
-statistics = half_frozen.state_dict()
-statistics = {name: value.clone() for name, value in statistics.items() if "running" in name}
-batch = load(train["nut"], range(4))
+before = {name: value.clone() for name, value in half_frozen.state_dict().items()}
 norm = dict(half_frozen.named_modules())["layer2.0.bn1"]
 
 
@@ -856,22 +873,23 @@ def change(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-right = layer2(batch[:1], mode=False)
+right = layer2(pair[:1], mode=False)
 mean_before = norm.running_mean.clone()
-alone = layer2(batch[:1], mode=True)
-with_others = layer2(batch, mode=True)[:1]
+alone = layer2(pair[:1], mode=True)
+with_another = layer2(pair, mode=True)[:1]
 mean_after = norm.running_mean.clone()
 
-assert change(alone, right) > 0.2 and change(alone, with_others) > 0.02
+assert change(alone, right) > 0.2
+assert change(alone, with_another) > 0.02
 assert not torch.equal(mean_before, mean_after)
-print("training mode changes the features:             ", not torch.allclose(alone, right))
-print("features depend on the other images of the batch:", not torch.allclose(alone, with_others))
-print("running mean of layer2.0.bn1 has moved:         ", not torch.equal(mean_before, mean_after))
+print("OK: training mode changes the features")
+print("OK: they depend on the other image of the batch")
+print("OK: the running mean of layer2.0.bn1 has moved")
 
 # %% tags=["nbval-ignore-output"]
-print(f"training against evaluation mode:      {change(alone, right):.0%}")
-print(f"alone against with three other images: {change(alone, with_others):.0%}")
-print(f"running mean of layer2.0.bn1:          {change(mean_after, mean_before):.1%}")
+print(f"training against evaluation mode:     {change(alone, right):.0%}")
+print(f"alone against with another image:     {change(alone, with_another):.0%}")
+print(f"running mean of layer2.0.bn1:         {change(mean_after, mean_before):.1%}")
 
 # %% [markdown]
 # In training mode every pixel of every image in the batch acts on the mean of each channel, and so
@@ -882,29 +900,29 @@ print(f"running mean of layer2.0.bn1:          {change(mean_after, mean_before):
 # call `train()` each time.
 
 # %%
-half_frozen.load_state_dict(statistics, strict=False)
+half_frozen.load_state_dict(before)
 whole = nn.Sequential(frozen, nn.Conv2d(1536, 512, 1))
 frozen_right = frozen(pair[:1])
 drift, steady = [0.0], [0.0]
-for _ in range(5):
-    layer2(batch, mode=True)
-    drift.append(change(layer2(batch[:1], mode=False), right))
+for _ in range(4):
+    layer2(pair, mode=True)
+    drift.append(change(layer2(pair[:1], mode=False), right))
     whole.train()
     steady.append(change(frozen(pair)[:1], frozen_right))
 
 print("whole.train() reached the convolution:  ", whole[1].training)
 print("whole.train() reached the frozen part:  ", any(m.training for m in frozen.modules()))
-assert drift[5] > drift[1] > 0.03 and max(steady) < 1e-4
+assert drift[4] > drift[1] > 0.03 and max(steady) < 1e-4
 print("OK: half frozen features drift away, frozen ones stay")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A line that rises with every batch in training mode, and a flat line at zero for FrozenFeatures."}, "figure": {"caption": "Features of one image in evaluation mode, compared with the correct ones, after more and more batches that passed while `eval()` was forgotten.", "name": "fig-features-eval"}}
 figure, axes = plt.subplots(figsize=(6.5, 2.8))
-axes.plot(range(6), np.multiply(drift, 100), "o-", color=DEFECT, label="eval() forgotten")
-axes.plot(range(6), np.multiply(steady, 100), "o-", color=NORMAL, label="FrozenFeatures")
+axes.plot(range(5), np.multiply(drift, 100), "o-", color=DEFECT, label="eval() forgotten")
+axes.plot(range(5), np.multiply(steady, 100), "o-", color=NORMAL, label="FrozenFeatures")
 axes.set(
     xlabel="batches passed in training mode",
     ylabel="change of the features (%)",
-    xticks=range(6),
+    xticks=range(5),
     ylim=(-3, None),
     title="Every batch without eval() moves the features further",
 )
