@@ -26,7 +26,8 @@
 # ## Before you start
 #
 # You have read [The data](01_dataset.ipynb) and [Frozen features](02_features.ipynb). About 20
-# minutes to read; runs in under a minute on two CPU cores, no GPU needed.
+# minutes to read; runs in under a minute on two CPU cores, no GPU needed. The first run also
+# computes the features of 120 images, once.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
 # On Colab this installs the library; on your machine `make setup` has done so.
@@ -133,10 +134,11 @@ plt.show()
 # Section 3.2 of the paper {cite:p}`liu2023simplenet` transfers the features to the target domain
 # with a feature adaptor $G_θ$. In our notation, at every position on its own,
 #
-# $$ z = G_θ(f) = W f + b, \qquad W: (A, C), \quad b: (A,) $$ (eq-adaptor)
+# $$ z = G_θ(f) = W f + b $$ (eq-adaptor)
 #
-# where $f$ is the frozen feature with $C$ channels, $z$ the {term}`adapted feature` with $A$
-# channels, and $θ = (W, b)$ is trained. The same $W$ and $b$ serve all positions of all images.
+# where $f$ is the frozen feature with $C$ channels and $z$ the {term}`adapted feature` with $A$
+# channels. The matrix $W$ has the shape `(A, C)` and $b$ the shape `(A,)`. Together they are $θ$,
+# which is trained. The same $W$ and $b$ serve all positions of all images.
 #
 # Why not something stronger? The paper's ablation finds one linear layer best on {term}`MVTec AD`:
 # image {term}`AUROC` 99.6% with it, 99.2% without an adaptor, 98.3% with a more complex one. These
@@ -218,7 +220,7 @@ for name, result in results.items():
 # The 1x1 convolution is an old tool: {cite:t}`lin2014nin` used it as a small network that runs at
 # every position. It takes `(N, C, h, w)` as the backbone hands it over, on a grid of any size, and
 # needs no permute. The library uses it. The two lines with `init` set the first values of $W$ and
-# $b$; you come back to them below.
+# $b$; you come back to them below. (The comment `type: ignore` speaks to a type checker only.)
 
 
 # %% tags=["library"]
@@ -232,7 +234,7 @@ class Adaptor(nn.Module):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (N, C, H, W) to adapted features (N, A, H, W)."""
+        """Map features (N, C, h, w) to adapted features (N, A, h, w)."""
         adapted: Tensor = self.conv(features)
         return adapted
 
@@ -265,10 +267,10 @@ for name, layer in layers.items():
 # $W$ has one entry for every pair of an input and an output channel, $b$ one for every output
 # channel:
 #
-# $$ 1536 \cdot 512 + 512 = 786{,}432 + 512 = 786{,}944. $$
+# $$ 1536 \cdot 512 + 512 = 786{,}944. $$
 #
-# A 3x3 convolution has nine such matrices, $9 \cdot 786{,}432 + 512 = 7{,}078{,}400$ parameters:
-# nine times as many to learn from the same 60 images.
+# The matrix alone has 786,432. A 3x3 convolution has nine such matrices. With the 512 of the bias
+# that makes 7,078,400 parameters, nine times as many to learn from the same 60 images.
 
 
 # %%
@@ -291,14 +293,14 @@ print(f"3x3: {parameters(nn.Conv2d(C, A, kernel_size=3)):,}")
 #
 # What does that do to the size of the vectors? One output entry is a sum of $C$ products. The
 # entries of $W$ are independent with variance $1/1024$, so the variance of the sum is $1/1024$
-# times the sum of the squared inputs. If an input entry has a root mean square (RMS) of $r$, an
-# output entry has
+# times the sum of the squared inputs. If the input entries have a root mean square (RMS) of $r$,
+# their squares add up to $C r^2$, and the RMS of an output entry is
 #
 # $$ r \, \sqrt{\frac{2C}{C + A}} = r \sqrt{1.5} \approx 1.22 \, r. $$ (eq-adaptor-scale)
 #
 # With $A = C$ the factor would be 1. Distances are another matter, because there are fewer entries:
 # a squared distance sums over $A = 512$ outputs, each $1/1024$ of the squared input distance. So
-# distances shrink by $\sqrt{512/1024} \approx 0.71$.
+# distances shrink to $\sqrt{512/1024} \approx 0.71$ of what they were.
 
 # %%
 torch.manual_seed(0)
@@ -310,13 +312,15 @@ with torch.no_grad():
     distances = torch.pdist(adapted_vectors) / torch.pdist(some_vectors)
 measured_scale = (adapted.square().mean() / some.square().mean()).sqrt().item()
 print("output shape:", tuple(adapted.shape))
-print(f"weight times 32: {adaptor.conv.weight.std().item() * 32:.1f}")
-print(f"RMS out / RMS in: {measured_scale:.1f}, predicted {math.sqrt(2 * C / (C + A)):.1f}")
-print(f"distance out / distance in: {distances.mean().item():.1f}, predicted {math.sqrt(0.5):.1f}")
+print(f"deviation of the weights, times 32: {adaptor.conv.weight.std().item() * 32:.1f}")
+print(f"RMS out / RMS in: {measured_scale:.2f}, predicted {math.sqrt(2 * C / (C + A)):.2f}")
+print(f"distance out / distance in: predicted {math.sqrt(0.5):.1f},", end=" ")
+print(f"measured {distances.mean():.1f} give or take {distances.std():.2f}")
 
 # %% [markdown]
-# This scale matters more here than in most networks. Chapter 4 adds noise of a fixed size $σ$ to
-# $z$. Whether $σ = 0.5$ is much or little depends on how large $z$ is.
+# This scale matters more here than in most networks. Chapter 4 adds noise to $z$: random numbers
+# with a fixed standard deviation $σ$. Whether $σ = 0.5$ is much or little depends on how large $z$
+# is.
 #
 # ## Check it
 
@@ -338,8 +342,10 @@ assert changed == {"1x1": 1, "3x3": 9}
 assert parameters(adaptor) == 1536 * 512 + 512 == 786_944
 assert parameters(nn.Conv2d(C, A, kernel_size=3)) == 9 * 1536 * 512 + 512 == 7_078_400
 assert abs(adaptor.conv.weight.std().item() * 32 - 1) < 0.01
+assert 4 < adaptor.conv.weight.abs().max().item() * 32 < 7  # normal; uniform would end at 1.7
+assert not adaptor.conv.bias.any()
 assert abs(measured_scale - math.sqrt(1.5)) < 0.02
-assert abs(distances.mean().item() - math.sqrt(0.5)) < 0.02
+assert abs(distances.mean().item() - math.sqrt(0.5)) < 0.02 and distances.std() < 0.04
 print("OK: one linear layer per position, 786,944 parameters, scale as predicted.")
 
 # %% [markdown]
@@ -363,10 +369,14 @@ train_features, test_features = (
 )
 
 # %% [markdown]
-# The adaptor is not trained alone. It is trained together with the {term}`discriminator`, to tell
-# normal vectors from noisy ones. Chapters 4 to 7 build all that; here you borrow it from the
-# library, where `Head` holds {term}`standardisation`, adaptor and discriminator, and `fit` trains
-# it. You train two heads from the same first values:
+# The adaptor is not trained alone, but together with the {term}`discriminator`: a small network
+# that gives every vector $z$ one number, its {term}`score`. A normal vector should score above
+# zero, and the same vector with noise added below. The *loss* says how far the scores are from
+# that. It is 1 if every score is zero, and 0 if all vectors are told apart clearly.
+#
+# Chapters 4 to 7 build these parts. Here you borrow them from the library: `Head` holds
+# {term}`standardisation`, adaptor and discriminator, and `fit` trains it, with noise of $σ = 0.5$.
+# You train two heads from the same first values:
 #
 # - one as it should be;
 # - one whose adaptor stays as it was drawn, because its learning rate is 0. Only the
@@ -385,7 +395,8 @@ def train_head(config, head: Head) -> float:
     return history.loss[-10:].mean().item()
 
 
-untrained, trained = SimpleNet(CONFIG, weights).head, SimpleNet(CONFIG, weights).head
+untrained, trained = (SimpleNet(CONFIG, weights).head for _ in range(2))  # seeded, so equal
+assert torch.equal(untrained.adaptor.conv.weight, trained.adaptor.conv.weight)
 fixed_loss = train_head(replace(CONFIG, adaptor_lr=0), untrained)
 trained_loss = train_head(CONFIG, trained)
 print(
@@ -395,9 +406,9 @@ print(
 # %% [markdown]
 # ### What to compare
 #
-# Take the test images. A position counts as defective if the {term}`mask` covers at least half of
-# it, and as normal if the mask does not touch it. Keep all defective positions and a random 4,000
-# normal ones. As reference, take 6,000 random positions of the training images.
+# Take the test images. A position stands for 8x8 pixels. It counts as defective if the {term}`mask`
+# covers at least half of them, and as normal if the mask touches none. Keep all defective positions
+# and a random 4,000 normal ones. As reference, take 6,000 random positions of the training images.
 
 # %%
 covered = torch.stack([test_set[i]["mask"] for i in range(len(test_set))]).float()
@@ -461,7 +472,9 @@ for axis, name in zip(axes, references, strict=True):
         axis.scatter(*points.T, s=8, color=colour, marker=marker, linewidth=0.7, label=label)
     axis.set(title=name, xlabel="component 1")
 axes[0].set_ylabel("component 2")
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+figure.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=2
+)
 figure.suptitle("Two directions do not separate the defects, before or after", fontsize="medium")
 plt.show()
 
@@ -502,7 +515,7 @@ for name in references:
 with torch.no_grad():
     for name, head in (("as drawn", untrained), ("trained", trained)):
         both = torch.cat([defects[name], normals[name]])
-        quality[name]["discriminator"] = auroc(-head.discriminator(both))
+        quality[name]["discriminator"] = auroc(-head.discriminator(both))  # a defect scores low
 
 # %% tags=["nbval-ignore-output"]
 for name, row in quality.items():
@@ -518,7 +531,7 @@ for name, row in quality.items():
 #   hold more than the $1536$ that they come from.
 # - The trick of the toy, to turn a quiet channel up, is already done: the features were
 #   standardised before they reached the adaptor.
-# - A random $W$ nearly keeps the order of distances. You saw above that they all shrink by about
+# - A random $W$ nearly keeps the order of distances. You saw above that they all shrink to about
 #   0.71, and a common factor changes no order. {numref}`fig-adaptor-maps` shows it on one image.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A photo of a hex nut with the outline of a defect, beside three maps of distances, for frozen, as drawn and trained. All three maps are brightest at the defect and look nearly the same."}, "figure": {"caption": "Distance of every position to the nearest reference vector. Each map has its own scale, from its lowest to its highest value.", "name": "fig-adaptor-maps"}}
@@ -543,9 +556,10 @@ plt.show()
 #
 # The two losses that you printed differ clearly: with a trained adaptor the noise is easier to
 # find. So look at what decides whether the noise stands out: how far normal vectors spread in each
-# of the 512 directions. The noise has the same $σ = 0.5$ in all of them. Where normal vectors
-# hardly vary, it stands out; where they vary by much more than $σ$, it drowns.
-# {numref}`fig-adaptor-spread` compares the two adaptors.
+# of the 512 directions of its {term}`PCA`. The noise has the same $σ = 0.5$ in all of them. Where
+# normal vectors hardly vary, it stands out; where they vary by much more than $σ$, it drowns. Call
+# a direction loud if the spread in it is large. {numref}`fig-adaptor-spread` compares the two
+# adaptors.
 
 
 # %%
@@ -591,6 +605,7 @@ first, second = quality["as drawn"], quality["trained"]
 for row in quality.values():
     assert min(row.values()) > 0.85  # every version finds most defective positions
 assert all(abs(first[measure] - second[measure]) < 0.04 for measure in first)
+assert all(abs(first[measure] - value) < 0.04 for measure, value in quality["frozen"].items())
 assert trained_loss < 0.8 * fixed_loss
 assert 0.05 < relative_move < 0.3
 assert trained_spread[:2].mean() > 1.03 * drawn_spread[:2].mean()
@@ -667,9 +682,9 @@ assert alone.weight.abs().max() < 1e-2 and pulled < 0.05
 
 # %% [markdown]
 # The loss is perfect, and the defect lies on the centre with all the others. The discriminator and
-# the noise do not rule this out. With $W = 0$ every position becomes the same vector $b$; the
-# discriminator then has to tell $b$ from $b + ε$, which is easy. See for yourself: the next cell
-# trains a discriminator on that constant, with the loss of chapter 6.
+# the noise do not rule this out. With $W = 0$ every position becomes the same vector $b$, and $b$
+# alone is easy to tell from $b$ with noise. See for yourself: the next cell trains a discriminator
+# on that constant, with the noise of chapter 4 and the loss of chapter 6.
 
 # %%
 from simplenet_lib.discriminator import Discriminator
@@ -693,7 +708,8 @@ for _ in range(200):
     losses.append(loss.item())
 discriminator.eval()
 with torch.no_grad():
-    answers = discriminator(collapsed(defective.T[None, :, :, None])[0, :, :, 0].T)
+    as_map = defective.T[None, :, :, None]  # (1, C, n, 1)
+    answers = discriminator(collapsed(as_map)[0, :, :, 0].T)
 blind = torch.allclose(answers, answers.mean(), atol=1e-5)
 print("all defective positions get the same score:", blind)
 assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:3])

@@ -77,7 +77,7 @@ use_book_style()
 # take a normal vector, push it in a random direction, and call the result anomalous: a
 # {term}`synthetic anomaly`. A network that tells the two apart has to learn where normal vectors
 # lie. What lies elsewhere then scores like the pushed ones, real defects included. That is the
-# hope; at the end of this chapter you check it.
+# hope; further down you check it.
 #
 # Start with six vectors in two dimensions and six pushes. Each push has length 5: for the first,
 # $3^2 + 4^2 = 25$, and the root of 25 is 5.
@@ -108,6 +108,8 @@ axis.set(
     aspect="equal",
     xlim=(-6, 14),
     ylim=(-3, 11),
+    xticks=range(-4, 13, 4),
+    yticks=range(0, 11, 4),
 )
 axis.legend(loc="lower right")
 plt.show()
@@ -175,11 +177,12 @@ for channels in (2, 16, 512):
 # itself, to the way to another normal feature, to the way to a real defect. Pythagoras then tells
 # how far a noisy vector is from *any* normal vector $n$: the squared distance is
 # $\|z - n\|^2 + σ^2 A$. Noise leads away from all of them at once. The accident of
-# {numref}`fig-noise-toy` cannot happen.
+# {numref}`fig-noise-toy` practically cannot happen.
 #
 # ## From the paper
 #
-# Section 3.3 (anomalous feature generator) adds noise to an {term}`adapted feature` $z$:
+# Section 3.3 of {cite:t}`liu2023simplenet`, the anomalous feature generator, adds noise to an
+# {term}`adapted feature` $z$:
 #
 # $$
 # z' = z + ε, \qquad ε \sim \mathcal{N}(0,\, σ^2 I)
@@ -193,8 +196,7 @@ for channels in (2, 16, 512):
 # $$ (eq-noise-length)
 #
 # The paper uses $σ = 0.015$. In $A = 512$ channels {eq}`eq-noise-length` makes that a length of
-# $0.015 \cdot 22.6 = 0.34$. Whether this is much or little,
-# the number alone does not say.
+# $0.015 \cdot 22.6 = 0.34$. Whether this is much or little, the number alone does not say.
 #
 # ## Build it
 #
@@ -240,6 +242,9 @@ assert abs(noise.mean().item()) < 0.005
 assert abs(noise.std().item() - 0.5) < 0.005
 assert stats.kstest(noise.flatten()[:20000].numpy(), "norm", args=(0, 0.5)).statistic < 0.02
 assert (noise.norm(dim=1) / (0.5 * math.sqrt(512)) - 1).abs().max() < 0.2
+assert F.cosine_similarity(noise[1:], noise[:-1]).abs().max() < 0.3, "every row has its own noise"
+by_hand = 0.5 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+torch.testing.assert_close(noise, by_hand, atol=1e-5, rtol=0)
 
 same = add_noise(z, 0.5, torch.Generator().manual_seed(1)) - z
 running = torch.Generator().manual_seed(1)
@@ -279,7 +284,7 @@ standardise.fit(train_maps, range(50))
 def draw(maps: np.ndarray, count: int) -> Tensor:
     """Frozen features of ``count`` random positions, (count, 1536)."""
     rows = maps.reshape(-1, maps.shape[-1])
-    chosen = torch.randperm(len(rows), generator=generator)[:count].sort().values
+    chosen = torch.randperm(len(rows), generator=generator)[:count]
     return torch.from_numpy(rows[chosen.numpy()]).float()
 
 
@@ -341,9 +346,10 @@ print("OK: 0.015 is a few hundredths of the nearest distance, 0.5 about as long"
 #   normal feature does.
 # - With $σ = 0.5$ it is about as long as that way.
 # - Standardising hardly changes these ratios, because the spread of these raw features happens to
-#   be below 1 already. What it changes is the *evenness*: the spread of raw channels differs by a
-#   factor of about a hundred, that of standardised ones by about ten. It makes one σ fit all
-#   channels, and other backbones and products too. Which σ, you still have to choose.
+#   be below 1 already. With another backbone it need not be. What it changes is the *evenness* of
+#   the frozen channels: without it their spread differs by a factor of about a hundred, with it by
+#   about ten. Behind the adaptor they are even in any case, as each mixes all of the frozen ones.
+#   But a loud channel then speaks loudly in each.
 
 # %% mystnb={"image": {"alt": "Histogram of distances from new normal features to the nearest known one, between about 7 and 22, with vertical lines for the noise lengths: those of 0.015 and 0.15 lie left of all distances, that of 0.5 near their peak, those of 1 and 2 to their right."}, "figure": {"caption": "Distances between neighbouring normal features, and the length of the noise for five values of σ. Adapted, standardised features.", "name": "fig-noise-scale"}} tags=["hide-input"]
 distances = torch.cdist(new, memory).min(dim=1).values
@@ -381,17 +387,17 @@ print("OK: noise is at right angles to the features, and leads away from all of 
 # ### How well could anyone tell them apart?
 #
 # Distance is not the whole story. Normal features do not fill their space evenly: in some
-# directions they vary much, in others hardly at all. Noise is as long in the thin directions as in
-# all others, and there it shows first.
+# directions they vary much, in others hardly at all. Noise is as large in the thin directions as in
+# all others, and there it shows first (chapter 3 called them quiet).
 #
 # To see it, rotate the features so that each axis is one direction of variation (principal
 # components, the eigenvectors of their covariance), and compare the spread along each with σ. Then
-# let an {term}`ideal observer` judge. It knows the spread $λ_i$ (a variance) along every direction,
-# knows $σ$, and takes both for Gaussian. For a vector with coordinates $x_i$ the evidence for
-# "noisy" is
+# let an {term}`ideal observer` judge. It knows the variance $λ_i$ of normal features along every
+# direction $i$, knows $σ$, and takes both for Gaussian. For a vector with coordinate $u_i$ along
+# direction $i$, measured from the mean, the evidence for "noisy" is
 #
 # $$
-# \sum_i x_i^2 \left( \frac{1}{λ_i} - \frac{1}{λ_i + σ^2} \right),
+# \sum_i u_i^2 \left( \frac{1}{λ_i} - \frac{1}{λ_i + σ^2} \right),
 # $$ (eq-noise-observer)
 #
 # the logarithm of the ratio of the two Gaussian densities, up to constants and a factor of two. How
@@ -440,6 +446,7 @@ axis.set(
     ylabel="spread (standard deviation)",
     xlim=(0, 512),
 )
+axis.set_yticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
 plt.show()
 
 # %% [markdown]
@@ -450,11 +457,11 @@ plt.show()
 # ### Train with it
 #
 # What comes out of a training? The network that separates normal from noisy vectors, its loss and
-# the training loop are the next three chapters. For now the library's `fit` does it: 60 steps of
-# 512 positions, much shorter than it should be, only to compare values of σ. Each trained
-# {term}`discriminator` has to answer two questions. Does it tell normal vectors from *noisy* ones,
-# as it was asked to? And does it tell them from real *defects*, which it has never seen? It should
-# score a normal vector above 0 and the others below.
+# the training loop are the next three chapters. For now the library's `fit` does it, as in chapter
+# 3: 60 steps of 512 positions, much shorter than it should be, only to compare values of σ. Each
+# trained {term}`discriminator` has to answer two questions. Does it tell normal vectors from
+# *noisy* ones, as it was asked to? And does it tell them from real *defects*, which it has never
+# seen? It should score a normal vector above 0 and the others below.
 #
 # Count the share of correctly scored positions, as the mean of the two kinds, so that always giving
 # the same answer scores 0.5. The AUROC is printed beside it: it looks at the order of the scores
@@ -468,7 +475,7 @@ covered = F.avg_pool2d(masks, 8).flatten()  # (30*32*32,), share of each positio
 is_good = torch.tensor([test.samples[index].label == 0 for index in shown])
 positions_f = torch.from_numpy(test_maps[0 : len(test) : 2].reshape(-1, 1536))
 defect_f = positions_f[covered > 0.5].float()
-normal_f = positions_f[is_good.repeat_interleave(32 * 32)][::5].float()
+normal_f = positions_f[is_good.repeat_interleave(32 * 32)][::5].float()  # every fifth
 print(f"{len(defect_f)} defect positions, {len(normal_f)} normal ones")
 
 
@@ -478,17 +485,16 @@ def auroc(higher: Tensor, lower: Tensor) -> float:
     return float(roc_auc_score(labels, torch.cat([higher, lower]).numpy()))
 
 
-@torch.no_grad()
 def trial(sigma: float, **changes: bool) -> dict[str, float]:
     """Train a fresh head with this σ for a few steps, and judge its discriminator."""
     config = replace(CONFIG, sigma=sigma, steps=60, batch_size=512, **changes)
     torch.manual_seed(0)
     head = Head(1536, config)
-    with torch.enable_grad():
-        fit(head, train_maps, list(range(0, 60, 2)), config, progress=False)
-    z, z_defect = (head.adapt(f.T[None, :, :, None]) for f in (normal_f, defect_f))
-    score, defect_score = head.discriminator(z), head.discriminator(z_defect)
-    noisy_score = head.discriminator(add_noise(z, sigma, generator))
+    fit(head, train_maps, list(range(0, 60, 2)), config, progress=False)  # every second image
+    with torch.no_grad():
+        z, z_defect = (head.adapt(f.T[None, :, :, None]) for f in (normal_f, defect_f))
+        score, defect_score = head.discriminator(z), head.discriminator(z_defect)
+        noisy_score = head.discriminator(add_noise(z, sigma, generator))
     normal_right = (score > 0).float().mean().item()
     defect_right = (defect_score < 0).float().mean().item()
     noisy_right = (noisy_score < 0).float().mean().item()
@@ -621,7 +627,7 @@ plt.show()
 #
 # - Real defects are no noise. The way from a normal feature to a defect is at nearly a right angle
 #   to every noise vector. No synthetic anomaly looks like a scratch.
-# - In distance they compare well. Most defect positions lie farther out than noise with $σ = 0.5$,
+# - Still, the noise does its work. Most defect positions lie farther out than noise with $σ = 0.5$,
 #   so a boundary between the blue cloud and the black shell catches them. A few lie among the
 #   normal ones: no boundary by distance catches those without false alarms. And noise with $σ = 2$
 #   starts at $2\sqrt{512} = 45$, beyond all of them. A boundary just inside *that* shell misses
@@ -633,8 +639,9 @@ plt.show()
 #
 # ## Why 0.015 works in the published setting
 #
-# Here $σ = 0.015$ teaches nothing, yet the published code reaches its results with it. Four things
-# differ there, and each can be looked at.
+# Here $σ = 0.015$ teaches nothing, yet the published code reaches its results with it. Two
+# differences may explain it: more training and a square adaptor. Two other things also touch the
+# scale of the features, and are easily taken for the reason.
 #
 # **More training.** The published run trains 160 epochs. On the 209 images of MVTec AD's category
 # bottle, in batches of 8 images with a grid of 36 x 36 positions:
@@ -677,10 +684,10 @@ print("OK: behind the square adaptor 0.015 can be seen, behind the narrow one it
 # where the long training goes. (The published code also averages features over neighbours and uses
 # a wider network; this cell does neither.)
 #
-# **BatchNorm in the discriminator.** It divides by the spread of the batch. Features ten times as
-# large, noise included, then give the same scores. Without it they give scores about ten times as
-# large. So BatchNorm frees the discriminator from the *overall* scale. It does not change the ratio
-# of noise to features:
+# **BatchNorm in the discriminator.** It divides by the spread of the batch. So BatchNorm frees the
+# discriminator from the *overall* scale: vectors ten times as large, noise included, give the same
+# scores. Without it they give scores about ten times as large. But the ratio of noise to features
+# is the same before and after:
 
 
 # %%
@@ -699,24 +706,28 @@ print(f"with BatchNorm {with_norm:.1f} times, without {without:.0f} times")
 # %% [markdown]
 # **A trained adaptor.** σ is fixed, but the features it is added to are not: multiply the adaptor's
 # weights by 2, and the same noise is half as large in comparison. So training itself changes what σ
-# means. Look at the spread of the adapted features after the trainings above:
+# means. It could make the features smaller, and the noise easier to find. Look at the spread of the
+# adapted features, a mean over the channels, after the trainings above:
 
 # %% tags=["nbval-ignore-output"]
-print(f"untrained:         {memory.std(dim=0).mean():.2f}")
+print(f"untrained:         {normal_z.std(dim=0).mean():.2f}")
 for sigma, result in results.items():
     print(f"trained, σ = {sigma:<5}: {result['spread']:.2f}")
 
 # %%
-assert results[1.0]["spread"] > 1.05 * memory.std(dim=0).mean()
-print("OK: against σ = 1 the adaptor has made its features larger")
+untrained = normal_z.std(dim=0).mean()
+assert all(result["spread"] > 0.95 * untrained for result in results.values())
+assert results[1.0]["spread"] > 1.05 * untrained
+print("OK: no training has shrunk the features, and that with σ = 1 has made them larger")
 
 # %% [markdown]
 # ## Why the noise comes after the adaptor
 #
 # ### Gradients reach the adaptor twice
 #
-# The loss depends on the adaptor through $D(z)$ and through $D(z') = D(G(f) + ε)$. Detach one
-# branch at a time, and you see the share of the other. The two shares add up to the whole gradient.
+# Write $D_ψ(z)$ for the discriminator's score of $z$. The loss wants $D_ψ(z)$ high and $D_ψ(z')$
+# low. It depends on the adaptor twice, through $z = G_θ(f)$ and through $z' = G_θ(f) + ε$. Detach
+# one branch at a time, and you see the share of the other. The two add up to the whole gradient.
 
 
 # %%
@@ -739,7 +750,7 @@ for sigma in (0.015, 0.5):
     from_normal = adaptor_gradient(sigma, ("normal",))
     from_noisy = adaptor_gradient(sigma, ("noisy",))
     assert from_normal.norm() > 0 and from_noisy.norm() > 0
-    assert torch.allclose(both, from_normal + from_noisy, atol=1e-5 * both.abs().max().item())
+    assert (both - from_normal - from_noisy).norm() < 1e-3 * from_normal.norm()
     remains[sigma] = (both.norm() / (from_normal.norm() + from_noisy.norm())).item()
 print("OK: both branches reach the adaptor, and their gradients add up")
 
@@ -748,11 +759,12 @@ for sigma, share in remains.items():
     print(f"σ = {sigma:5}: the sum is {share:.1%} as long as the two gradients laid end to end")
 
 # %%
-assert remains[0.015] < 0.1 and remains[0.015] < 0.6 * remains[0.5]
+assert remains[0.015] < 0.2 and remains[0.015] < 0.75 * remains[0.5]
 print("OK: at 0.015 the two gradients nearly cancel")
 
 # %% [markdown]
-# The two branches pull in opposite directions: one wants $D(z)$ to rise, the other $D(z')$ to fall.
+# The two branches pull in opposite directions: one wants $D_ψ(z)$ to rise, the other $D_ψ(z')$ to
+# fall.
 # With $σ = 0.015$ there is hardly a difference between $z$ and $z'$, so the two pulls nearly
 # cancel. With $σ = 0.5$ more remains: the discriminator is untrained, and already sees some
 # difference. You have found the same slow learning a third time, now in the gradient.
@@ -790,7 +802,7 @@ assert kept["features"] > 10 * kept["noise"]
 print(f"of the noise it keeps {kept['noise']:.0%}, of the features more than ten times that share")
 
 # %% [markdown]
-# Noise that is added *after* the adaptor has length $σ\sqrt{A}$ in every direction that the
+# Noise that is added *after* the adaptor has the same deviation $σ$ in every direction that the
 # discriminator sees, whatever the adaptor has become. {eq}`eq-noise-length` stays true for the
 # whole training.
 #
@@ -802,8 +814,8 @@ print(f"of the noise it keeps {kept['noise']:.0%}, of the features more than ten
 
 
 # %%
-def train_small(reuse: bool) -> dict[str, float]:
-    """Shares of correct scores after 80 steps with one noise vector or with fresh noise."""
+def train_small(reuse: bool) -> tuple[float, dict[str, float]]:
+    """Last loss and shares of correct scores, after 80 steps with one or with fresh noise."""
     torch.manual_seed(0)
     discriminator = Discriminator(512, 256)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
@@ -817,31 +829,32 @@ def train_small(reuse: bool) -> dict[str, float]:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return {
-            "normal above 0": (discriminator(new) > 0).float().mean().item(),
-            "first noise below 0": (discriminator(new + only) < 0).float().mean().item(),
-            "fresh noise below 0": (
-                (discriminator(add_noise(new, 0.5, draws)) < 0).float().mean().item()
-            ),
-            "defects below 0": (discriminator(defect_z) < 0).float().mean().item(),
+        right = {
+            "normal above 0": discriminator(new) > 0,
+            "first noise below 0": discriminator(new + only) < 0,
+            "fresh noise below 0": discriminator(add_noise(new, 0.5, draws)) < 0,
+            "defects below 0": discriminator(defect_z) < 0,
         }
+    return loss.item(), {name: share.float().mean().item() for name, share in right.items()}
 
 
-reused, drawn_anew = train_small(reuse=True), train_small(reuse=False)
+(reused_loss, reused), (fresh_loss, drawn_anew) = train_small(reuse=True), train_small(reuse=False)
 
 # %% tags=["nbval-ignore-output"]
 print("share of correct scores   one noise vector   fresh noise")
 for name in reused:
     print(f"{name:24} {reused[name]:17.0%} {drawn_anew[name]:13.0%}")
+print(f"{'loss at the last step':24} {reused_loss:17.2f} {fresh_loss:13.2f}")
 
 # %%
-assert reused["first noise below 0"] > 0.95 and reused["fresh noise below 0"] < 0.2
+assert reused_loss < 0.1 * fresh_loss and reused["first noise below 0"] > 0.95
+assert reused["fresh noise below 0"] < 0.2
 assert drawn_anew["fresh noise below 0"] > reused["fresh noise below 0"] + 0.3
 assert drawn_anew["defects below 0"] > reused["defects below 0"] + 0.2
 print("OK: with one noise vector only that vector is found")
 
 # %% [markdown]
-# With a reused vector the training looks perfect: its loss goes to zero. The discriminator has
+# With a reused vector the training looks perfect: its loss is almost zero. The discriminator has
 # learned one direction out of 512, and any other noise, and any defect, is at a right angle to it.
 # Fresh noise in every step leaves no direction out. That is why `add_noise` draws anew at every
 # call, and why a generator that is seeded anew before every call would be a bug.
@@ -856,7 +869,7 @@ print(f"σ = 0.5 for every entry: length {entries.norm(dim=1).mean():.0f}")
 print(f"a vector of length 0.5:  σ = {vectors.std():.3f} for every entry")
 
 # %% [markdown]
-# The second one is back at the σ that teaches nothing here.
+# The second σ is nearly as small as the one that teaches nothing here.
 #
 # ## Exercises
 #
@@ -968,10 +981,10 @@ print(
 #
 # Nothing in the loss forbids it. Noise is added after the adaptor and keeps its length, so behind
 # such an adaptor it would be easy to tell from the constant normal features, and the loss would be
-# low. The detector would be useless, since defects would be mapped to zero as well. In the
-# trainings above it does not happen: the adapted features even grow. The training is short, and the
-# loss has no gradient once both scores are beyond their margin. It is one more reason to judge a
-# detector by defects and not by its loss.
+# low. The detector would be useless, since defects would be mapped to zero as well: the collapse of
+# chapter 3. In the trainings above it does not happen: the adapted features do not shrink, and with
+# a large σ they grow. The training is short, and once two vectors are told apart clearly, the loss
+# no longer pulls at them. It is one more reason to judge a detector by defects and not by its loss.
 #
 # </details>
 #
@@ -983,7 +996,7 @@ print(
 # - σ means nothing alone. Against these features 0.015 is a few hundredths of the step between
 #   neighbours, and cannot be learned; 0.5 is about one step.
 # - Too small a σ teaches nothing. Too large a σ teaches a boundary that lies too far out.
-# - After the adaptor, noise has the same length in every direction, and both branches send
+# - After the adaptor, noise has the same spread in every direction, and both branches send
 #   gradients to the adaptor.
 # - Noise does not resemble defects. It marks where normal ends.
 #
