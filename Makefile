@@ -8,6 +8,7 @@ READY := .venv/ready
 
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR \
+	--CoalesceStreamsPreprocessor.enabled=True \
 	--ExecutePreprocessor.record_timing
 
 .PHONY: help setup book test lint format sync repository lock clean

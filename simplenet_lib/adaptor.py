@@ -21,6 +21,6 @@ class Adaptor(nn.Module):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (N, C, H, W) to adapted features (N, A, H, W)."""
+        """Map features (N, C, h, w) to adapted features (N, A, h, w)."""
         adapted: Tensor = self.conv(features)
         return adapted

@@ -168,7 +168,7 @@ class Standardise(nn.Module):
         self.limit.fill_(self.LIMIT)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardise features (N, C, H, W)."""
+        """Standardise features (N, C, h, w)."""
         standard = (features - self.mean[:, None, None]) / self.std[:, None, None]
         return standard.clamp(-self.limit, self.limit)
 

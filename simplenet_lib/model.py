@@ -44,7 +44,7 @@ class Head(nn.Module):
         )
 
     def adapt(self, features: Tensor) -> Tensor:
-        """Map frozen features (N, C, H, W) to adapted vectors (N*H*W, A), one a position."""
+        """Map frozen features (N, C, h, w) to adapted vectors (N*h*w, A), one a position."""
         adapted: Tensor = self.adaptor(self.standardise(features))
         return adapted.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -60,7 +60,7 @@ class Head(nn.Module):
         return scores[: len(normal)], scores[len(normal) :]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Score map -D(z), (N, H, W), of frozen features (N, C, H, W): high is anomalous."""
+        """Score map -D(z), (N, h, w), of frozen features (N, C, h, w): high is anomalous."""
         count, _, height, width = features.shape
         scores: Tensor = -self.discriminator(self.adapt(features))
         return scores.view(count, height, width)
