@@ -112,7 +112,8 @@ panels = (
 for axis, (grid, name, title) in zip(axes, panels, strict=True):
     axis.imshow(grid, cmap="magma", vmin=0, vmax=20)
     for (row, column), value in np.ndenumerate(grid.numpy()):
-        axis.text(column, row, f"{value:g}", color="white" if value < 12 else "black", ha="center")
+        color = "white" if value < 12 else "black"
+        axis.text(column, row, f"{value:g}", color=color, ha="center", va="center")
     axis.set_xticks(range(len(grid)))
     axis.set_yticks(range(len(grid)))
     axis.set_xlabel(f"column ({name})")
@@ -128,8 +129,10 @@ plt.show()
 # by a Gaussian with $σ_M = 4$ pixels, is the anomaly map:
 #
 # $$
-# M = \text{Gauss}_{σ_M}\big(\text{resize}_{H \times W}(-s)\big), \qquad s = D_ψ(G_θ(f))
+# M = \text{Gauss}_{σ_M}\big(\text{resize}_{H \times W}(-s)\big)
 # $$ (eq-anomaly-map)
+#
+# with $s = D_ψ(G_θ(f))$ at every position.
 #
 # The $σ_M$ here smooths a picture. It has nothing to do with the $σ$ of the noise. The book's
 # setting, at 256 pixels, uses 5.
@@ -150,8 +153,10 @@ plt.show()
 # normal and were not trained on:
 #
 # $$
-# t = \max_{i = 1 \dots n} \, \max M^{(i)}, \qquad \text{anomalous if } \max M > t
+# t = \max_{i = 1 \dots n} \, \max M^{(i)}
 # $$ (eq-threshold)
+#
+# An image is called anomalous if $\max M > t$.
 #
 # Shapes: scores `(N, 32, 32)` become maps `(N, 256, 256)`, then `(N,)` image scores, then $N$ times
 # yes or no.
@@ -293,6 +298,7 @@ assert np.abs(ours - zeros_outside)[inside, inside].max() < 1e-9
 assert np.abs(ours - zeros_outside).max() > 0.01
 level = anomaly_map(torch.full((1, 8, 8), 7.0), 64, smoothing=5.0)
 assert (level - 7).abs().max() < 1e-4
+assert image_score(toy_map).tolist() == [16]
 assert [threshold(five, quantile) for quantile in (0.5, 0.6, 1.0)] == [30, 40, 50]
 print("OK: equal to the loop and SciPy's filter; a level map stays level")
 
@@ -346,10 +352,10 @@ for column, height in enumerate(heights):
                 edgecolor="0.85",
             )
         )
-    axis.text(column / 4 + 0.125, 0.11, str(height), ha="center", fontsize=12)
+    axis.text(column / 4 + 0.125, 0.3, str(height), ha="center", fontsize=12)
 axis.plot(np.array(false_alarms) / 4, np.array(found) / 4, "o-", color=DEFECT, clip_on=False)
 for lowest, x, y in zip(range(9, 0, -1), false_alarms, found, strict=True):
-    offset = (6, 5) if lowest == 9 else (6, -13)
+    offset = (20, 4) if lowest == 9 else (6, -13)
     axis.annotate(
         f"≥ {lowest}", (x / 4, y / 4), textcoords="offset points", xytext=offset, fontsize=9
     )
@@ -379,11 +385,14 @@ plt.show()
 # Count: the defect with 8 beats four normal images, 7 beats four, 5 beats three, 3 beats two.
 # Again 13. The dotted diagonal, half the area, is what drawing lots gives.
 #
-# Two more numbers are common. **{term}`Average precision`**: walk down the scores, and at every
-# defect note the {term}`precision`, the share of real defects among all called so far. Here
-# $\frac11, \frac22, \frac34, \frac46$; their mean is 0.854. **{term}`F1-max`**: the F1 score is the
-# harmonic mean of precision and recall, $2\,\text{found} / (\text{called} + \text{defects})$. Its
-# best value over all thresholds is here $2 \cdot 4 / (6 + 4) = 0.8$, from score 3 on.
+# Two more numbers are common:
+#
+# - **{term}`Average precision`**, AP: walk down the scores, and at every defect note the
+#   {term}`precision`, the share of real defects among all called so far. Here
+#   $\frac11, \frac22, \frac34, \frac46$; their mean is 0.854.
+# - **{term}`F1-max`**: the F1 score is the harmonic mean of precision and true positive rate,
+#   $2\,\text{found} / (\text{called} + \text{defects})$. Its best value over all thresholds is here
+#   $2 \cdot 4 / (6 + 4) = 0.8$, from score 3 on.
 
 # %%
 pairs = [(a, b) for a in scores_8[labels_8 == 1] for b in scores_8[labels_8 == 0]]
@@ -436,17 +445,17 @@ for name, (mask, scores) in cases.items():
     print(f"{name:20}{m['pixel_auroc']:11.3f}{m['pixel_ap']:10.3f}{m['aupro']:7.3f}")
 
 # %% [markdown]
-# Two defects, one of them missed, and the pixel AUROC drops by one hundredth. The other
-# two columns are less polite.
+# Two defects, one of them missed, and the pixel AUROC drops by one hundredth. Of the other two
+# columns, each punishes one of the two mistakes.
 #
 # **{term}`AUPRO`** {cite:p}`bergmann2021mvtec` answers the first flaw: every connected region
 # counts equally, whatever its size. For a threshold $t$, take each region $C_k$ of the $K$ in all
 # masks (pixels that touch, also at a corner, belong together), and the share of it that scores at
-# least $t$. The mean of these shares is the {term}`per-region overlap`:
+# least $t$. With $P_t$ for the pixels where $M \ge t$, the mean of these shares is the
+# {term}`per-region overlap`:
 #
 # $$
-# \text{PRO}(t) = \frac1K \sum_{k=1}^{K} \frac{|P_t \cap C_k|}{|C_k|}, \qquad
-# P_t = \{\text{pixels with } M \ge t\}
+# \text{PRO}(t) = \frac1K \sum_{k=1}^{K} \frac{|P_t \cap C_k|}{|C_k|}
 # $$ (eq-pro)
 #
 # Draw PRO against the false positive rate of the pixels, as in a ROC curve. Only the part up to a
@@ -463,7 +472,7 @@ for name, (mask, scores) in cases.items():
 # one (1 pixel) and 30 normal pixels. The large one scores 9 everywhere. Its glow spills onto six
 # normal pixels, three with 5 and three with 4. The small one scores 3.
 #
-# | from score | normal pixels | FPR | large | small | PRO |
+# | from score | normal pixels called | FPR | large | small | PRO |
 # |---|---|---|---|---|---|
 # | 9 | 0 | 0.0 | 1 | 0 | ½ |
 # | 5 | 3 | 0.1 | 1 | 0 | ½ |
@@ -554,14 +563,16 @@ print("OK: AUPRO by hand, by loops and by the library agree; pixel AUROC is scik
 # ## What it does
 #
 # Now the real thing. `train` does what chapter 7 built: features, head, and at the end the
-# threshold. Of the 60 normal nuts it keeps a tenth aside.
+# threshold. Of the 60 normal nuts it keeps a tenth aside. The batches are half as large as there, to
+# save time.
 
 # %% tags=["nbval-ignore-output"]
 weights = find_weights("resnet50")
 data = generate(cache_folder() / "synthetic")
 
 # %%
-CONFIG = preset("fast", layers=("layer2", "layer3"), neighbourhood=1, resize=256, crop=256)
+LAYERS = ("layer2", "layer3")
+CONFIG = preset("fast", layers=LAYERS, neighbourhood=1, resize=256, crop=256, batch_size=1024)
 transform = make_transform(256, 256)
 normal = AnomalyDataset(data, "nut", "train", transform)
 trained = train(normal, CONFIG, progress=False)
@@ -646,7 +657,7 @@ print(f"misses: {(~verdicts & (labels == 1)).sum()} of {(labels == 1).sum()} def
 assert (verdicts == labels).sum() >= 40
 print("OK: at least 40 of the 60 verdicts are right")
 
-# %% mystnb={"image": {"alt": "Dots of image scores in six rows, one for each folder of the test set. Fibres lie far to the right of the dashed threshold. Normal images crowd to its left, a few just beyond it. Some dents and scratches lie to its left."}, "figure": {"caption": "Image scores of the nut test set, by kind of defect. Blue dots to the right of the threshold are false alarms, orange dots to the left are misses.", "name": "fig-localization-verdicts"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Dots of image scores in six rows, one for each folder of the test set. Fibres lie far to the right of the dashed threshold. Normal images crowd to its left, one lies just beyond it. A dent and a scratch lie just to its left."}, "figure": {"caption": "Image scores of the nut test set, by kind of defect. Blue dots to the right of the threshold are false alarms, orange dots to the left are misses.", "name": "fig-localization-verdicts"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
 kinds = [*sorted({sample.defect for sample in test.samples} - {"good"}), "good"]
 for row, kind in enumerate(kinds):
@@ -680,7 +691,7 @@ misses = [p for p in predictions if p.sample.label and not p.anomalous]
 alarms = [p for p in predictions if not p.sample.label and p.anomalous]
 hits = [p for p in predictions if p.sample.label and p.anomalous]
 
-# %% mystnb={"image": {"alt": "Four nuts in columns. Three have a faint scratch or dent, marked in the second row, and a map without any outlined spot. The fourth is a normal nut whose map has a small outlined spot."}, "figure": {"caption": "What it gets wrong on nut: the worst misses, then the worst false alarm.", "name": "fig-localization-misses"}}
+# %% mystnb={"image": {"alt": "Nuts in columns. First those with a faint scratch or dent, marked in the second row, and a map without any outlined spot. The last is a normal nut whose map has a small outlined spot."}, "figure": {"caption": "What it gets wrong on nut: the worst misses, then the worst false alarm.", "name": "fig-localization-misses"}}
 worst = misses[:3] + alarms[::-1][:1]
 figure = gallery(worst or hits[:4], CONFIG, model.typical, limit)
 figure.set_size_inches(5.4, 4.2)
@@ -697,9 +708,6 @@ figure.suptitle("Where it finds the defect, it points at the right place")
 plt.show()
 
 # %% [markdown]
-# Note where the worst false alarm has its spot: on the background, at a corner of the picture.
-# "What can go wrong" comes back to it.
-#
 # ### Two categories, six numbers
 #
 # The library's `evaluate` does all of this in one call, from the images on disk. Train a second
@@ -731,9 +739,9 @@ for name, those in (("nut", predictions), ("cloth", cloth_predictions)):
 
 # %%
 for metrics in (nut_metrics, cloth_metrics):
-    assert metrics["image_auroc"] > 0.92 and metrics["image_ap"] > 0.95
+    assert metrics["image_auroc"] > 0.9 and metrics["image_ap"] > 0.95
     assert metrics["image_f1max"] > 0.87
-    assert metrics["pixel_auroc"] > 0.93 and metrics["aupro"] > 0.82
+    assert metrics["pixel_auroc"] > 0.93 and metrics["aupro"] > 0.8
     assert metrics["pixel_ap"] < 0.5
 above = maps.numpy() > limit
 assert (above & np.array(masks)).sum() < above.sum() / 2
@@ -744,8 +752,7 @@ print("OK: both detectors reach what the text says; the loops agree on thinned-o
 
 # %% [markdown]
 # Another machine or number of threads gives somewhat other numbers, as another seed would (chapter
-# 7); expect differences of one or two hundredths. The threshold moves more: it hangs on one
-# image.
+# 7); expect differences of a few hundredths. The threshold moves more: it hangs on one image.
 #
 # Look at the two pixel rows together. Pixel AUROC is high, pixel AP is low. The
 # maps find the place, but their spots are larger than the defects: one position alone covers 8 x 8
@@ -753,8 +760,8 @@ print("OK: both detectors reach what the text says; the loops agree on thinned-o
 # are true of the same maps.
 #
 # Look at the verdicts, too. The two detectors order their images about equally well, yet cloth
-# raises far more false alarms than nut, and misses nothing. The AUROC has nothing to say about
-# that. The threshold does; more on it below.
+# raises more false alarms than nut. The AUROC has nothing to say about that. The threshold does;
+# more on it below.
 #
 # ### The map emerges
 #
@@ -762,7 +769,7 @@ print("OK: both detectors reach what the text says; the loops agree on thinned-o
 # to draw the anomaly map of one nut with rust. The colours mean the same in all frames.
 
 # %%
-rust = next(index for index, sample in enumerate(test.samples) if sample.defect == "rust") + 3
+rust = [index for index, sample in enumerate(test.samples) if sample.defect == "rust"][3]
 steps_shown = (0, 2, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60)
 
 torch.manual_seed(0)
@@ -840,7 +847,7 @@ print("OK: the maximum rises above the median, at most 16 pixels from the marked
 #
 # With six held-out images that is one in seven, about 3 of the 20 normal test images. But it is
 # an average over which six were held out. To see the spread, train once more with half of
-# the normal images held out (and with smaller batches, to save time). Then play: draw $n$ of these
+# the normal images held out (and with still smaller batches). Then play: draw $n$ of these
 # 30 for the threshold, count the false alarms among the others, a thousand times. The test set
 # takes no part.
 
@@ -953,13 +960,12 @@ for smoothing in (0, 5, 20):
         f"{at_pixel['pixel_auroc']:13.3f}{at_pixel['aupro']:7.3f}"
     )
     if smoothing == 20:
-        assert at_image["image_auroc"] < nut_metrics["image_auroc"]
         assert at_pixel["aupro"] < nut_metrics["aupro"]
 
 # %% [markdown]
 # A small defect is a spike, a large one a block. Wide smoothing hides the small ones
-# first; on nut it costs detection and AUPRO. Compare the first two rows as well: for detection,
-# a little smoothing buys nothing here. It makes the map readable.
+# first; on nut it costs AUPRO. Compare the first two rows as well: a little smoothing hardly changes
+# the numbers here. It makes the map readable.
 #
 # ### A loud border
 #
@@ -988,18 +994,16 @@ at_border = {
     "nuts with a defect": near_border(maps[torch.from_numpy(labels == 1)]),
 }
 print("noise: most maxima at the border:", bool(at_border["noise"].float().mean() > 0.5))
-print("normal nuts: the same:", bool(at_border["normal nuts"].float().mean() > 0.5))
 
 # %% tags=["nbval-ignore-output"]
 for name, those in at_border.items():
     print(f"{name:18} {int(those.sum()):3} of {len(those):3} maxima within 8 pixels of the border")
 
 # %% [markdown]
-# The outermost 8 pixels make up an eighth of the picture. In 200 score maps of pure noise they
-# attract more than half of all maxima, and on normal nuts, where the maximum is chance, too, most.
-# A false alarm in a corner is no accident, then: the maximum over $M$ favours chance at the border.
-# The paper's maximum over the grid gives every position the same say; compare both in the last
-# exercise.
+# The outermost 8 pixels are an eighth of the picture, but in score maps of pure noise they attract
+# most of the maxima. The maxima of the nuts mostly stay inside: even a normal map is more than
+# chance. But mind a false alarm at the border, since the maximum over $M$ favours chance there. The
+# paper's maximum over the grid gives every position the same say; compare both in the last exercise.
 #
 # ## Exercises
 #
@@ -1025,7 +1029,7 @@ print("11 of 16 pairs:", roc_auc_score(labels_8, dusty))
 #
 # Take the 5 x 8 map of {numref}`fig-localization-pro`. What is its AUPRO if the small defect scores
 # 10, or -1? What must it score for an AUPRO of $\frac56$? Work it out from the table, then
-# check it with `aupro`.
+# check it with `aupro([toy_mask], [toy_scores])`; the small defect is `toy_scores[2, 6]`.
 #
 # **Expected result:** 1 and $\frac12$; any score between 4 and 5.
 # :::
