@@ -23,6 +23,10 @@ from simplenet_lib.model import SimpleNet
 def anomaly_map(scores: Tensor, size: int, smoothing: float) -> Tensor:
     """Upsample a score map to the image and smooth it (paper, section 3.6).
 
+    Smoothing averages noise away, but less so where it sees less of the map. A
+    map that is mirrored at its border therefore has its chance maxima there. So
+    outside of the image we assume the map's median.
+
     Parameters
     ----------
     scores : Tensor
@@ -39,13 +43,16 @@ def anomaly_map(scores: Tensor, size: int, smoothing: float) -> Tensor:
     """
     maps = F.interpolate(scores[:, None], (size, size), mode="bilinear", align_corners=False)
     if smoothing > 0:
-        radius = min(math.ceil(3 * smoothing), size - 1)
+        radius = math.ceil(3 * smoothing)
         offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
         kernel = torch.exp(-0.5 * (offsets / smoothing).square())
         kernel = kernel / kernel.sum()
+        # Beyond its border a map goes on as it typically is: with its median.
+        typical = maps.flatten(1).median(dim=1).values[:, None, None, None]
+        maps = F.pad(maps - typical, (radius, radius, radius, radius))
         # A Gaussian is separable: one pass along the rows, one along the columns.
-        maps = F.conv2d(F.pad(maps, (radius, radius, 0, 0), "reflect"), kernel.view(1, 1, 1, -1))
-        maps = F.conv2d(F.pad(maps, (0, 0, radius, radius), "reflect"), kernel.view(1, 1, -1, 1))
+        maps = F.conv2d(F.conv2d(maps, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+        maps = maps + typical
     return maps[:, 0]
 
 
