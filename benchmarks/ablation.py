@@ -15,11 +15,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
 
+from simplenet_lib import training
 from simplenet_lib.config import Config, preset
 from simplenet_lib.dataset import AnomalyDataset, make_transform
 from simplenet_lib.features import Standardise, cached_features
-from simplenet_lib.localization import image_score
+from simplenet_lib.localization import anomaly_map, image_score
 from simplenet_lib.metrics import image_metrics, pixel_metrics
 from simplenet_lib.training import cached_maps, train
 
@@ -28,6 +32,7 @@ OUTPUT = Path("results/ablation")
 
 #: Name of the variant, and what it changes of preset ``fast``.
 VARIANTS: dict[str, dict[str, object]] = {
+    "mirrored border": {},
     "layer2 + layer3": {"layers": ("layer2", "layer3")},
     "no neighbourhood": {"neighbourhood": 1},
     "sigma 0.25": {"sigma": 0.25},
@@ -39,9 +44,17 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
+def mirrored_map(scores: Tensor, size: int, smoothing: float) -> Tensor:
+    """The anomaly map as it would be if the map were mirrored at its border."""
+    resized = anomaly_map(scores, size, smoothing=0).numpy()
+    sigma = (0, smoothing, smoothing)
+    return torch.from_numpy(ndimage.gaussian_filter(resized, sigma, mode="mirror", truncate=3))
+
+
 def run(folder: Path, name: str, config: Config) -> dict[str, object]:
     """Train on one category and measure the last step on its test images."""
     Standardise.LIMIT = 1e9 if name == "no clipping" else 3.0
+    training.anomaly_map = mirrored_map if name == "mirrored border" else anomaly_map
     transform = make_transform(config.resize, config.crop)
     trained = train(AnomalyDataset(folder.parent, folder.name, "train", transform), config)
     test = AnomalyDataset(folder.parent, folder.name, "test", transform)
