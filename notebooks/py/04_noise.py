@@ -558,10 +558,11 @@ plt.show()
 # %% [markdown]
 # Read the two curves together.
 #
-# - **Too small.** At 0.015 and 0.05 the discriminator cannot do the task it was set, neither on
-#   standardised features nor on raw ones without {term}`BatchNorm`. What it says about defects is
-#   then an accident of its random start. With $σ = 0.5$ the same raw features can be learned: the
-#   only thing that has changed is σ. (BatchNorm and standardisation speed it up further.)
+# - **Too small.** At 0.015 and 0.05 the discriminator cannot do the task it was set. At 0.015 it
+#   cannot do it on raw features without {term}`BatchNorm` either. What it says about defects is
+#   then mostly an accident of its random start. With $σ = 0.5$ the same raw features can be
+#   learned: the only thing that has changed is σ. (BatchNorm and standardisation speed it up
+#   further.)
 # - **About right.** At 0.15 learning has begun, and the order of the scores already points the
 #   right way. At 0.5 the task can be done but takes care, and most defects score below 0.
 # - **Too large.** At 4 the task is done almost perfectly, and still most defects score *above* 0,
@@ -605,7 +606,7 @@ print(
     "OK: defects are farther than normal positions, overlap with them, and noise points elsewhere"
 )
 
-# %% mystnb={"image": {"alt": "Three histograms of distance to the nearest normal feature. Normal positions lie around 12, noisy ones around 17, real defect positions are spread from 15 to 31 with most beyond the noisy ones."}, "figure": {"caption": "Distance to the nearest normal feature in memory: normal test positions, real defect positions, and normal positions plus noise with σ = 0.5.", "name": "fig-noise-defects"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three histograms of distance to the nearest normal feature. Normal positions lie around 12, noisy ones around 17, real defect positions are spread from about 14 to 31 with most beyond the noisy ones."}, "figure": {"caption": "Distance to the nearest normal feature in memory: normal test positions, real defect positions, and normal positions plus noise with σ = 0.5.", "name": "fig-noise-defects"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
 bins = np.linspace(0, 45, 61)
 style = {"bins": bins, "density": True}

@@ -736,7 +736,7 @@ assert auroc(separate_normal, separate_noisy) < auroc(normal_scores, noisy_score
 assert sum(separate_found.values()) < sum(together_found.values()) - 0.4
 print("OK: trained on separate batches it separates noise worse and localizes much worse")
 
-# %% mystnb={"image": {"alt": "Score maps of the four defect images in two rows. Top row, trained together: rust, dent and fibre glow. Bottom row, trained separately: the maps are noisy and the defects do not stand out."}, "figure": {"caption": "Score maps of the four defects (rust, dent, fibre, scratch), each row on its own scale.", "name": "fig-discriminator-separate"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Score maps of the four defect images in two rows. Top row, trained together: rust, dent and fibre glow. Bottom row, trained separately: the maps are noisy, with bright patches all over the nut, most of them away from the defects."}, "figure": {"caption": "Score maps of the four defects (rust, dent, fibre, scratch), each row on its own scale.", "name": "fig-discriminator-separate"}} tags=["hide-input"]
 figure, axes = plt.subplots(2, 4, figsize=(6.5, 3.7))
 rows = (("together", score_maps), ("separate", separate_maps))
 for row, (name, maps) in zip(axes, rows, strict=True):
@@ -753,8 +753,9 @@ plt.show()
 # %% [markdown]
 # It still separates noise to some degree: BatchNorm leaves the shape of each unit's distribution
 # and the relations between units. But the maps are hardly of use. A value below 0.5 means that the
-# defect scores as more normal than its surroundings; that the scratch gains is chance. So `torch.cat` in `train` is not
-# a convenience. Without BatchNorm each vector passes on its own, and it would make no difference.
+# defect scores as more normal than its surroundings. Which of the four defects comes out highest is
+# chance; another run may change it. So `torch.cat` in `train` is not a convenience. Without
+# BatchNorm each vector passes on its own, and it would make no difference.
 #
 # ### Scoring in training mode
 #

@@ -480,7 +480,7 @@ print("OK: half precision moves no score by more than 2% of the scores' spread")
 # A training has three curves worth watching: the loss, the share of normal scores above $+m$, and
 # the share of noisy scores below $-m$.
 
-# %% mystnb={"image": {"alt": "Two panels over 100 steps. Left: the loss falls from about 1, the dashed line at 2m, to near 0. Right: the shares of normal scores above the margin and of noisy scores below it are small for the first dozens of steps, then rise together to about 90 percent."}, "figure": {"caption": "The curves of your loop. Left the loss, right the share of scores beyond their margin.", "name": "fig-training-curves"}}
+# %% mystnb={"image": {"alt": "Two panels over 100 steps. Left: the loss starts near 1, the dashed line at 2m, jumps about for a few steps and then falls to near 0. Right: after these steps the shares of normal scores above the margin and of noisy scores below it are small, then both rise until they hold most of the batch."}, "figure": {"caption": "The curves of your loop. Left the loss, right the share of scores beyond their margin.", "name": "fig-training-curves"}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 3))
 left.plot(curves[:, 0], color="0.2")
 left.axhline(2 * CONFIG.margin, color="0.6", linestyle="--")
@@ -578,7 +578,7 @@ assert abs(course_history.loss[-10:].mean() - 1.0) < 0.02
 assert course_auroc < your_auroc - 0.1
 print(f"OK: after {COURSE.steps} steps the course setting's loss is still at 2m")
 
-# %% mystnb={"image": {"alt": "Three nuts with defects in the first column, one a row. Second column: score maps of the detector of this chapter, dark with a bright spot at the defect. Third column: score maps of the course setting, which show the outline of the nut and no spot at the defect."}, "figure": {"caption": "Three test images, the score map of your detector and that of the course setting after the same number of steps. Each map has its own scale, from its lowest to its highest score.", "name": "fig-training-maps"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three nuts with defects in the first column, one a row. Second column: score maps of the detector of this chapter, dark with a bright spot at the defect. Third column: score maps of the course setting, bright nearly everywhere, with faint rings of the nut and no bright spot at the defect."}, "figure": {"caption": "Three test images, the score map of your detector and that of the course setting after the same number of steps. Each map has its own scale, from its lowest to its highest score.", "name": "fig-training-maps"}} tags=["hide-input"]
 figure, axes = plt.subplots(3, 3, figsize=(5.6, 5.6))
 shown = [
     next(i for i, sample in enumerate(test.samples) if sample.defect == name)
@@ -735,7 +735,7 @@ print(f"last loss {fooled_history.loss[-5:].mean():.2f}")
 print(f"positions scored as normal, features as in training:  {trained_on:.0%}")
 print(f"positions scored as normal, features as at inference: {at_inference:.0%}")
 
-# %% mystnb={"image": {"alt": "Four small panels. Sigma 0.015: the loss stays at 1, both shares at 0. Sigma 0.5: the loss falls slowly, the shares rise. Sigma 8: the loss reaches 0 and the shares 1 within a few steps. Fourth: the change of one image's features in four batches, zero in evaluation mode and clearly above zero in training mode."}, "figure": {"caption": "Three trainings of 40 steps, and the features of one image in four batches, each compared with the first batch.", "name": "fig-training-failures"}}
+# %% mystnb={"image": {"alt": "Four small panels. Sigma 0.015: after some restless steps the loss stays at 1, both shares at 0. Sigma 0.5: the loss falls slowly, the shares rise late. Sigma 8: about halfway the loss is at 0 and both shares are at 1. Fourth: the change of one image's features in four batches, zero in evaluation mode and, from the second batch on, clearly above zero in training mode."}, "figure": {"caption": "Three trainings of 40 steps, and the features of one image in four batches, each compared with the first batch.", "name": "fig-training-failures"}}
 figure, axes = plt.subplots(2, 2, figsize=(6.8, 4.6))
 panels = [
     ("σ = 0.015: stuck at 2m", small),
@@ -982,10 +982,11 @@ print("equal to the head's parameter")
 # - A frozen backbone in evaluation mode gives an image the same features every time. So each image
 #   passes it once, and half precision is good enough to keep them.
 # - In a healthy training the loss leaves $2m$ and both shares rise together. If the loss stays at
-#   $2m$, the noise is too small; if it is 0 within a few steps, the noise is too large.
+#   $2m$, the noise is too small; if it is 0 early on, the noise is too large.
 # - No training curve shows how well defects are found, nor that the features were computed in the
 #   wrong mode.
-# - The same seed gives the same bits on the same machine and versions. Report several seeds.
+# - The same seed gives the same bits on the same machine, with the same versions and number of
+#   threads. Report several seeds.
 # - A checkpoint holds all that the next step depends on, and no code.
 #
 # ## References

@@ -662,7 +662,7 @@ print(f"misses: {(~verdicts & (labels == 1)).sum()} of {(labels == 1).sum()} def
 assert (verdicts == labels).sum() >= 40
 print("OK: at least 40 of the 60 verdicts are right")
 
-# %% mystnb={"image": {"alt": "Dots of image scores in six rows, one for each folder of the test set. Fibres lie far to the right of the dashed threshold. Normal images crowd to its left, one lies just beyond it. A dent and a scratch lie just to its left."}, "figure": {"caption": "Image scores of the nut test set, by kind of defect. Blue dots to the right of the threshold are false alarms, orange dots to the left are misses.", "name": "fig-localization-verdicts"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Dots of image scores in six rows, one for each folder of the test set. Fibres lie far to the right of the dashed threshold. Normal images crowd near it, most to its left and some just beyond it. The faintest dents and scratches lie close to it, too."}, "figure": {"caption": "Image scores of the nut test set, by kind of defect. Blue dots to the right of the threshold are false alarms, orange dots to the left are misses.", "name": "fig-localization-verdicts"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
 kinds = [*sorted({sample.defect for sample in test.samples} - {"good"}), "good"]
 for row, kind in enumerate(kinds):
@@ -696,14 +696,14 @@ misses = [p for p in predictions if p.sample.label and not p.anomalous]
 alarms = [p for p in predictions if not p.sample.label and p.anomalous]
 hits = [p for p in predictions if p.sample.label and p.anomalous]
 
-# %% mystnb={"image": {"alt": "Nuts in columns. First those with a faint scratch or dent, marked in the second row, and a map without any outlined spot. The last is a normal nut whose map has a small outlined spot."}, "figure": {"caption": "What it gets wrong on nut: the worst misses, then the worst false alarm.", "name": "fig-localization-misses"}}
-worst = misses[:3] + alarms[::-1][:1]
+# %% mystnb={"image": {"alt": "Nuts in columns. First what is missed, a faint defect marked in the second row and a map without any outlined spot. Then normal nuts whose maps have small outlined spots."}, "figure": {"caption": "What it gets wrong on nut: the worst misses, then the worst false alarms.", "name": "fig-localization-misses"}}
+worst = misses[:3] + alarms[::-1][:3]
 figure = gallery(worst or hits[:4], CONFIG, model.typical, limit)
-figure.set_size_inches(5.4, 4.2)
-figure.suptitle("Faint dents and scratches are missed")
+figure.set_size_inches(1.2 * len(worst or hits[:4]) + 0.4, 4.2)
+figure.suptitle("What it misses is faint")
 plt.show()
 
-# %% mystnb={"image": {"alt": "Five nuts in columns, one for each kind of defect: broken corner, dent, fibre, rust, scratch. In each anomaly map a bright outlined spot lies on the marked defect, and is larger than that."}, "figure": {"caption": "What it gets right on nut: the clearest of each kind.", "name": "fig-localization-hits"}}
+# %% mystnb={"image": {"alt": "Five nuts in columns, one for each kind of defect: broken corner, dent, fibre, rust, scratch. In each anomaly map a bright outlined spot lies on the marked defect and reaches beyond it; here and there a faint speck is outlined elsewhere."}, "figure": {"caption": "What it gets right on nut: the clearest of each kind.", "name": "fig-localization-hits"}}
 clearest = [
     max((p for p in hits if p.sample.defect == kind), key=lambda p: p.score) for kind in kinds[:-1]
 ]
@@ -764,9 +764,9 @@ print("OK: both detectors reach what the text says; the loops agree on thinned-o
 # pixels and sees far beyond them. Most pixels inside the white lines are normal. Both statements
 # are true of the same maps.
 #
-# Look at the verdicts, too. The two detectors order their images about equally well, yet they do
-# not err equally often, nor in the same way. The AUROC has nothing to say about that. The threshold
-# does; more on it below.
+# Look at the verdicts, too. The two detectors order their images about equally well, yet they need
+# not err in the same way: one may raise more false alarms, the other miss more defects. The AUROC
+# has nothing to say about that. The threshold does; more on it below.
 #
 # ### The map emerges
 #
@@ -824,9 +824,9 @@ HTML(player.replace("<img id=", '<img alt="The anomaly map of a rusty nut during
 # %% [markdown]
 # In words, for when you cannot play it: for the first ten steps or so the map is vague and
 # flickers, background and nut alike. One reason is that {term}`BatchNorm`'s remembered statistics
-# lag behind the changing features. Around step 20 the whole map darkens: the head has learned that
-# nearly everything is normal. From step 30 on one spot stays out and brightens, and that is where
-# the rust is.
+# lag behind the changing features. By about step 20 most of the map has darkened: the head has
+# learned that nearly everything is normal. By step 30 one spot stays out. It brightens, and that is
+# where the rust is. The rest of the nut may glow faintly again, but far less.
 
 # %%
 contrast = [float(map_.max() - map_.median()) for map_ in emerging]
@@ -974,9 +974,9 @@ for smoothing in (0, 5, 20):
 #
 # ### A loud border
 #
-# Smoothing averages chance away, and less so where the filter sees less of the map. A map that is
-# mirrored at its border shows the filter the same pixels twice. So a spike keeps more of its height
-# at an edge, and most in a corner; with the median outside it hardly matters where it is.
+# Smoothing averages chance away, and for that it needs different pixels. A map that is mirrored at
+# its border shows the filter the same pixels twice. So a spike keeps more of its height at an edge,
+# and most in a corner; with the median outside it hardly matters where it is.
 #
 # In a map of pure noise every place should be as likely to hold the maximum as any other. Count how
 # often the maximum lies within 8 pixels of the border, an eighth of the picture:
@@ -1020,8 +1020,8 @@ for outside, way in ways.items():
 # %% [markdown]
 # Mirrored, the maximum over $M$ favours chance at the border, and a false alarm in a corner is no
 # accident. With the median outside, the border gets about its share. On the nut the two image AUROCs
-# differ by about a hundredth, and in one run either may win: one small test set does not decide such
-# a choice. `benchmarks/ablation.py` compares both over several data sets and seeds.
+# differ little, and in one run either may win: one small test set does not decide such a choice.
+# `benchmarks/ablation.py` compares both over several data sets and seeds.
 #
 # ## Exercises
 #
@@ -1131,7 +1131,7 @@ print("The first three are close; to choose between them you need other data.")
 # <summary>Answer</summary>
 #
 # Yes. AUROC rates the order of the scores and knows no threshold. Verdicts depend on where
-# the threshold lies in that order. Nut and cloth come close to such a pair.
+# the threshold lies in that order. Compare the false alarms on nut and cloth above.
 #
 # </details>
 #
