@@ -328,7 +328,8 @@ class Page(html.parser.HTMLParser):
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     """Every page of the book, built anew with warnings as errors."""
     output = tmp_path_factory.mktemp("book")
-    command = [sys.executable, "-m", "jupyter_book", "build", "--warningiserror", "--quiet"]
+    program = Path(sys.executable).parent / "jupyter-book"
+    command = [str(program), "build", "--warningiserror", "--quiet"]
     command += ["--path-output", str(output), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -122,9 +122,9 @@ def test_odd_grids(weights, side):
     found = FrozenFeatures("resnet18", LAYERS, weights)(pictures(1, side))
     check_close(found[:, :128], fine)
     assert found.shape[2:] == fine.shape[2:]
-    # Resizing keeps the range of every channel.
-    assert (found[:, 128:].amax((2, 3)) <= coarse.amax((2, 3)) + 1e-5).all()
-    assert (found[:, 128:].amin((2, 3)) >= coarse.amin((2, 3)) - 1e-5).all()
+    # Resizing keeps the range of every channel, up to the order of sums, as in check_close.
+    assert (found[:, 128:].amax((2, 3)) <= coarse.amax((2, 3)) + 2e-4).all()
+    assert (found[:, 128:].amin((2, 3)) >= coarse.amin((2, 3)) - 2e-4).all()
 
 
 @pytest.mark.parametrize("size", [3, 5])
