@@ -696,7 +696,7 @@ misses = [p for p in predictions if p.sample.label and not p.anomalous]
 alarms = [p for p in predictions if not p.sample.label and p.anomalous]
 hits = [p for p in predictions if p.sample.label and p.anomalous]
 
-# %% mystnb={"image": {"alt": "Nuts in columns. First what is missed, a faint defect marked in the second row and a map without any outlined spot. Then normal nuts whose maps have small outlined spots."}, "figure": {"caption": "What it gets wrong on nut: the worst misses, then the worst false alarms.", "name": "fig-localization-misses"}}
+# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Nuts in columns. First what is missed, a faint defect marked in the second row and a map without any outlined spot. Then normal nuts whose maps have small outlined spots."}, "figure": {"caption": "What it gets wrong on nut: the worst misses, then the worst false alarms.", "name": "fig-localization-misses"}}
 worst = misses[:3] + alarms[::-1][:3]
 figure = gallery(worst or hits[:4], CONFIG, model.typical, limit)
 figure.set_size_inches(1.2 * len(worst or hits[:4]) + 0.4, 4.2)
