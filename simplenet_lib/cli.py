@@ -36,7 +36,7 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        help="Folder that holds CATEGORY/train/good, the MVTec AD layout."
+        help="Folder that holds CATEGORY/train/good, the MVTec AD layout, or good photos alone."
         " Without it, the synthetic data set in data/synthetic, drawn if it is not there.",
     ),
 ]
@@ -123,70 +123,152 @@ def train(
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Train a detector on the normal images of a category, then evaluate it on its test images.
+    """Train a detector on good photos; with test images, evaluate it on these.
 
-    Leaves model.safetensors, metrics.json and examples.png in OUTPUT. Ctrl-C
+    DATA is a folder of good photos and nothing else, or holds CATEGORY/train/good
+    and CATEGORY/test, the MVTec AD layout. Leaves model.safetensors and
+    metrics.json in OUTPUT, and examples.png if there are test images. Ctrl-C
     keeps what was learned: the same command goes on from there.
     """
     config = _changed(preset_named(preset, seed=seed), changes or [])
     data, category = _find_data(data, category)
-    output = output or Path("runs") / f"{category}-{preset}-{config.seed}"
+    output = output or Path("runs") / f"{category or data.resolve().name}-{preset}-{config.seed}"
     _check_writable(output)
 
-    from simplenet_lib.dataset import AnomalyDataset, make_transform
-    from simplenet_lib.localization import evaluate
     from simplenet_lib.model import write_whole
-    from simplenet_lib.training import train as train_model
 
-    transform = make_transform(config.resize, config.crop)
-    normal = AnomalyDataset(data, category, "train", transform)
-    # Read before training: a fault in the test folder should not cost the user a training.
-    has_test = (data / category / "test").is_dir()
-    test = AnomalyDataset(data, category, "test", transform) if has_test else None
     state = output / "training.safetensors"
-    evaluated = None
-    try:
-        trained = train_model(
-            normal, config, weights=weights, device=_device(device), checkpoint=state
-        )
-        model = trained.model
-        if test is not None and {sample.label for sample in test.samples} == {0, 1}:
-            start = time.perf_counter()
-            evaluated = evaluate(model, test)
-            seconds = round(time.perf_counter() - start, 2)
-    except KeyboardInterrupt:
-        kept = " Run the same command to go on from there." if state.is_file() else ""
-        print(f"simplenet: stopped.{kept}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    report: dict[str, Any] = {
-        "dataset": data.resolve().name,
-        "category": category,
-        "preset": config.preset,
-        "seed": config.seed,
-        "train_images": len(normal) - trained.held_out,
-        "held_out_images": trained.held_out,
-        "threshold": model.threshold,
-        "steps": config.steps,
-        "seconds_features": round(trained.seconds_features, 2),
-        "seconds_training": round(trained.seconds_training, 2),
-        "config": json.loads(config.to_json()),
-        "versions": _versions(),
-        "hardware": _hardware(model),
-    }
+    model, report, predictions = _run(data, category, config, weights, device, state)
     written = [output / "model.safetensors", output / "metrics.json"]
-    if evaluated is not None:
-        metrics, predictions = evaluated
-        report |= metrics | _at_threshold(predictions) | {"seconds_evaluation": seconds}
+    if predictions is not None:
         written.append(output / "examples.png")
         _write_examples(written[-1], model, predictions)
         _print_metrics(report)
     else:
         print("No test images with and without a defect: nothing to evaluate.")
+    held_out = report["held_out_images"]
+    if config.quantile == 1:
+        print(
+            f"The threshold is the highest score of {held_out} held-out good photos: expect about"
+            f" {1 / (held_out + 1):.0%} false alarms on good photos like them."
+        )
     model.save(written[0])
-    write_whole(written[1], (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(written[1], _as_json(report))
     state.unlink(missing_ok=True)
     for path in written:
         print(path)
+
+
+@app.command()
+def benchmark(
+    data: Annotated[Path, typer.Option(help="Folder that holds categories, the MVTec AD layout.")],
+    categories: Annotated[
+        str | None, typer.Option(help="Some of them, such as bottle,grid; all by default.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0,1,2",
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
+    output: Annotated[Path, typer.Option(help="Folder for one JSON a run.")] = Path("results"),
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Train and evaluate every category with every seed, and print a table.
+
+    A run whose file is in OUTPUT already is skipped, so the same command goes on
+    after Ctrl-C. The last step is what counts: test images choose nothing.
+    """
+    from simplenet_lib.benchmark import is_done, read_runs, table
+    from simplenet_lib.dataset import AnomalyDataset, make_transform
+    from simplenet_lib.dataset import categories as categories_in
+    from simplenet_lib.model import write_whole
+
+    if not data.is_dir():
+        raise SimpleNetError(f"{data}: no such folder.")
+    names = categories.split(",") if categories else categories_in(data)
+    if not names:
+        raise SimpleNetError(f"{data}: no CATEGORY/train/good inside, not the MVTec AD layout.")
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise SimpleNetError(f"--seeds {seeds}: expected numbers such as 0,1,2.") from None
+    dataset = data.resolve().name
+    missing = []
+    for name in names:
+        for number in numbers:
+            config = preset_named(preset, seed=number)
+            path = output / f"{name}-{preset}-{number}.json"
+            if not is_done(path, dataset, name, config):
+                missing.append((name, config, path))
+    # A folder that cannot be read is found now, not after hours.
+    for name, config in {name: config for name, config, _ in missing}.items():
+        transform = make_transform(config.resize, config.crop)
+        for split in ("train", "test"):
+            AnomalyDataset(data, name, split, transform)
+    _check_writable(output)
+    for number, (name, config, path) in enumerate(missing, start=1):
+        print(f"{number} of {len(missing)}: {name}, seed {config.seed}", flush=True)
+        state = path.with_suffix(".training.safetensors")
+        _, report, predictions = _run(data, name, config, weights, device, state)
+        if predictions is None:
+            raise SimpleNetError(f"{data / name}: no test images with and without a defect.")
+        write_whole(path, _as_json(report))
+        state.unlink(missing_ok=True)
+    print(table(read_runs(output)))
+
+
+def _run(
+    data: Path,
+    category: str | None,
+    config: Config,
+    weights: Path | None,
+    device: str,
+    state: Path,
+) -> tuple[SimpleNet, dict[str, Any], list[Prediction] | None]:
+    """Train, and evaluate if there is a test split; what is learned is kept in ``state``."""
+    from simplenet_lib.dataset import AnomalyDataset, ImageFiles, make_transform, photos
+    from simplenet_lib.localization import evaluate
+    from simplenet_lib.training import train as train_model
+
+    transform = make_transform(config.resize, config.crop)
+    normal: ImageFiles
+    test = None
+    if category is None:
+        normal = ImageFiles(photos(data), transform)
+    else:
+        normal = AnomalyDataset(data, category, "train", transform)
+        # Read before training: a fault in the test folder should not cost the user a training.
+        if (data / category / "test").is_dir():
+            test = AnomalyDataset(data, category, "test", transform)
+    predictions = None
+    try:
+        trained = train_model(
+            normal, config, weights=weights, device=_device(device), checkpoint=state
+        )
+        model = trained.model
+        report: dict[str, Any] = {
+            "dataset": data.resolve().name,
+            "category": category or data.resolve().name,
+            "preset": config.preset,
+            "seed": config.seed,
+            "train_images": len(normal) - trained.held_out,
+            "held_out_images": trained.held_out,
+            "threshold": model.threshold,
+            "steps": config.steps,
+            "seconds_features": round(trained.seconds_features, 2),
+            "seconds_training": round(trained.seconds_training, 2),
+            "config": json.loads(config.to_json()),
+            "versions": _versions(),
+            "hardware": _hardware(model),
+        }
+        if test is not None and {sample.label for sample in test.samples} == {0, 1}:
+            start = time.perf_counter()
+            metrics, predictions = evaluate(model, test)
+            seconds = round(time.perf_counter() - start, 2)
+            report |= metrics | _at_threshold(predictions) | {"seconds_evaluation": seconds}
+    except KeyboardInterrupt:
+        kept = " Run the same command to go on from there." if state.is_file() else ""
+        print(f"simplenet: stopped.{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    return model, report, predictions
 
 
 @app.command()
@@ -199,6 +281,8 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model on the test images of a category."""
     data, category = _find_data(data, category)
+    if category is None:
+        raise SimpleNetError(f"{data}: holds photos only. `simplenet predict` gives them verdicts.")
     from simplenet_lib.dataset import AnomalyDataset, make_transform
     from simplenet_lib.localization import evaluate as evaluate_model
 
@@ -224,7 +308,9 @@ def predict(
     """Score images: a CSV with a verdict for each, and the anomaly map laid over each.
 
     The white line in an overlay encloses what is more anomalous than the
-    threshold. A folder that an earlier `predict` wrote is replaced.
+    threshold. An image counts as unfamiliar if it looks unlike the training
+    photos as a whole: do not trust its verdict. A folder that an earlier
+    `predict` wrote is replaced.
     """
     ours = {"predictions.csv", "overlays"}
     if os.path.lexists(output) and not (
@@ -234,7 +320,10 @@ def predict(
     found = _find_images(images, output)
     _check_writable(output.absolute().parent)
 
+    import torch
+
     from simplenet_lib.dataset import ImageFiles, Sample, make_transform, read_image
+    from simplenet_lib.localization import background
     from simplenet_lib.localization import predict as predict_images
     from simplenet_lib.plots import overlay
 
@@ -243,8 +332,8 @@ def predict(
     dataset = ImageFiles([Sample(path, "good") for path in found], transform)
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(["image", "score", "threshold", "verdict", "overlay"])
-    anomalous = 0
+    writer.writerow(["image", "score", "threshold", "verdict", "unfamiliar", "overlay"])
+    anomalous = unfamiliar = 0
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".predict-") as scratch:
@@ -259,8 +348,11 @@ def predict(
                 picture.save(staged / name)
                 verdict = "anomalous" if prediction.anomalous else "normal"
                 anomalous += prediction.anomalous
+                level = background(torch.from_numpy(prediction.map)[None]).item()
+                unlike = "yes" if level > net.background else "no"
+                unfamiliar += unlike == "yes"
                 score, limit = f"{prediction.score:.6g}", f"{net.threshold:.6g}"
-                writer.writerow([path, score, limit, verdict, name])
+                writer.writerow([path, score, limit, verdict, unlike, name])
             text = table.getvalue().encode(errors="surrogateescape")
             (staged / "predictions.csv").write_bytes(text)
             if output.exists():
@@ -269,8 +361,32 @@ def predict(
     except OSError as error:
         raise SimpleNetError(f"{output}: could not be written ({error}).") from error
     print(f"{anomalous} of {len(found)} images are anomalous (score above {net.threshold:.4g}).")
+    if 2 * unfamiliar > len(found):
+        print(
+            f"{unfamiliar} of them look unlike the training photos as a whole (other light, focus,"
+            " camera or product?): do not trust these verdicts. See chapter 12."
+        )
     print(output / "predictions.csv")
     print(output / "overlays")
+
+
+@app.command()
+def export(
+    model: ModelPath,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("model.onnx"),
+    weights: Weights = None,
+) -> None:
+    """Write a trained model, backbone included, as one ONNX file for other programs.
+
+    Input: RGB pixels (N, 3, side, side) from 0 to 1, resized and cropped as
+    its metadata say. Outputs: anomaly map and image score.
+    """
+    net = _load(model, weights, "cpu")
+    _check_writable(output.absolute().parent)
+    from simplenet_lib.export import export_onnx
+
+    export_onnx(net, output)
+    print(output)
 
 
 @app.command()
@@ -299,8 +415,11 @@ def info(
         print(f"  {name:16} {value}")
 
 
-def _find_data(data: Path | None, category: str | None) -> tuple[Path, str]:
-    """The data folder and category to use; the synthetic set is drawn if nothing is named."""
+def _find_data(data: Path | None, category: str | None) -> tuple[Path, str | None]:
+    """The data folder and category to use; None for a folder of good photos alone.
+
+    The synthetic set is drawn if nothing is named.
+    """
     if data is None:
         from simplenet_lib.synthetic import generate
 
@@ -310,11 +429,13 @@ def _find_data(data: Path | None, category: str | None) -> tuple[Path, str]:
     if not data.is_dir():
         raise SimpleNetError(f"{data}: no such folder.")
     if category is None:
-        from simplenet_lib.dataset import categories
+        from simplenet_lib.dataset import categories, image_files
 
         found = categories(data)
+        if not found and image_files(data):
+            return data, None
         if len(found) != 1:
-            names = ", ".join(found) or "none, so it is not in the MVTec AD layout"
+            names = ", ".join(found) or "none and no photos, so it is not in the MVTec AD layout"
             raise SimpleNetError(f"{data}: name a --category. Found: {names}.")
         category = found[0]
     return data, category
@@ -408,6 +529,10 @@ def _at_threshold(predictions: list[Prediction]) -> dict[str, float]:
         "false_alarm_rate": sum(normal) / len(normal),
         "detection_rate": sum(defect) / len(defect),
     }
+
+
+def _as_json(report: dict[str, Any]) -> bytes:
+    return (json.dumps(report, indent=2) + "\n").encode()
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

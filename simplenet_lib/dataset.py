@@ -193,13 +193,27 @@ class AnomalyDataset(ImageFiles):
         self, root: Path, category: str, split: Literal["train", "test"], transform: Transform
     ) -> None:
         folder = _category_folder(root, category)
-        samples = _train_samples(folder) if split == "train" else _test_samples(folder)
+        samples = photos(folder / "train" / "good") if split == "train" else _test_samples(folder)
         for sample in samples:  # a wrong mask is found now, not after a training
             if sample.mask is not None and _header(sample.image) != _header(sample.mask):
                 _read(sample)
         super().__init__(samples, transform)
         defects = [sample for sample in samples if sample.label]
         self.has_masks = bool(defects) and all(sample.mask for sample in defects)
+
+
+def photos(folder: Path) -> list[Sample]:
+    """Every image directly inside a folder of good photos, as normal samples.
+
+    Raises
+    ------
+    SimpleNetError
+        If there are none.
+    """
+    samples = [Sample(path, "good") for path in image_files(folder)]
+    if not samples:
+        raise SimpleNetError(f"{folder}: no normal images ({', '.join(sorted(SUFFIXES))}).")
+    return samples
 
 
 def categories(root: Path) -> list[str]:
@@ -250,14 +264,6 @@ def _category_folder(root: Path, category: str) -> Path:
     if not (folder / "train" / "good").is_dir():
         raise SimpleNetError(f"{folder}: no train/good inside, not the MVTec AD layout.")
     return folder
-
-
-def _train_samples(folder: Path) -> list[Sample]:
-    good = folder / "train" / "good"
-    samples = [Sample(path, "good") for path in image_files(good)]
-    if not samples:
-        raise SimpleNetError(f"{good}: no normal images ({', '.join(sorted(SUFFIXES))}).")
-    return samples
 
 
 def _test_samples(folder: Path) -> list[Sample]:

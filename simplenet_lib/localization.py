@@ -61,6 +61,15 @@ def image_score(maps: Tensor) -> Tensor:
     return maps.amax(dim=(1, 2))
 
 
+def background(maps: Tensor) -> Tensor:
+    """Median of each anomaly map: (N, H, W) to (N,).
+
+    A defect covers a small part of an image and hardly moves the median. What
+    raises it is a change of the whole picture: light, focus, camera, product.
+    """
+    return maps.flatten(1).median(dim=1).values
+
+
 def threshold(normal_scores: Tensor, quantile: float) -> float:
     """Score above which an image counts as anomalous.
 

@@ -20,7 +20,8 @@ from simplenet_lib.features import FrozenFeatures, Standardise
 from simplenet_lib.noise import add_noise
 from simplenet_lib.weights import Weights, find_weights
 
-CHECKPOINT_FORMAT = "simplenet-1"
+CHECKPOINT_FORMAT = "simplenet-2"
+SCALE = ("threshold", "typical", "background")  # what held-out normal images look like
 
 
 class Head(nn.Module):
@@ -83,6 +84,9 @@ class SimpleNet(nn.Module):
     typical : float
         Median anomaly map value of held-out normal images: where the scale of
         an overlay begins. NaN before training.
+    background : float
+        Highest :func:`~simplenet_lib.localization.background` of some normal images, the
+        held-out ones first; an image above it looks unlike them as a whole. NaN before training.
     """
 
     def __init__(self, config: Config, weights: Weights) -> None:
@@ -97,6 +101,7 @@ class SimpleNet(nn.Module):
             self.head = Head(self.features.channels, config)
         self.threshold = math.nan
         self.typical = math.nan
+        self.background = math.nan
 
     def forward(self, images: Tensor) -> Tensor:
         """Score map (N, h, w) of normalised images (N, 3, H, W): high is anomalous."""
@@ -105,7 +110,7 @@ class SimpleNet(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write head, configuration and threshold; the backbone's weights stay out."""
-        scale = {"threshold": repr(self.threshold), "typical": repr(self.typical)}
+        scale = {name: repr(getattr(self, name)) for name in SCALE}
         write_checkpoint(path, self.head.state_dict(), {**self.identity(), **scale})
 
     def identity(self) -> dict[str, str]:
@@ -149,12 +154,12 @@ class SimpleNet(nn.Module):
         tensors, metadata = read_checkpoint(path)
         try:
             config = Config.from_json(metadata.get("config", ""))
-            threshold, typical = float(metadata["threshold"]), float(metadata["typical"])
+            scale = {name: float(metadata[name]) for name in SCALE}
         except SimpleNetError as error:
             raise SimpleNetError(f"{path}: {error}") from error
         except (KeyError, ValueError) as error:
             raise SimpleNetError(f"{path}: holds no threshold ({error}).") from error
-        if not (math.isfinite(threshold) and math.isfinite(typical)):
+        if not all(map(math.isfinite, scale.values())):
             raise SimpleNetError(f"{path}: holds no threshold; the model was never trained.")
         # On the device "meta" nothing is allocated, however large the configuration says it is.
         with torch.device("meta"):
@@ -169,7 +174,8 @@ class SimpleNet(nn.Module):
         model = cls(config, found)
         check_tensors(tensors, model.head.state_dict(), path)
         model.head.load_state_dict(tensors)
-        model.threshold, model.typical = threshold, typical
+        for name, value in scale.items():
+            setattr(model, name, value)
         return model.eval()
 
 

@@ -21,12 +21,13 @@ from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.dataset import ImageFiles
 from simplenet_lib.download import sha256_of
 from simplenet_lib.features import FeatureMaps, cached_features
-from simplenet_lib.localization import anomaly_map, image_score, threshold
+from simplenet_lib.localization import anomaly_map, background, image_score, threshold
 from simplenet_lib.loss import margin_loss
 from simplenet_lib.model import Head, SimpleNet, check_tensors, read_checkpoint, write_checkpoint
 from simplenet_lib.weights import find_weights
 
 CHECKPOINT_EVERY = 50  # steps
+BACKGROUND_IMAGES = 20  # normal images that say what a familiar image looks like, or more
 
 
 @dataclass
@@ -324,6 +325,9 @@ def train(
     maps = cached_maps(model, features, held_out)
     model.threshold = threshold(image_score(maps), config.quantile)
     model.typical = float(maps.median())
+    # Two or three held-out images would say too little; trained on or not hardly matters here.
+    familiar = [*held_out, *training][: max(BACKGROUND_IMAGES, len(held_out))]
+    model.background = float(background(cached_maps(model, features, familiar)).max())
     seconds_training = time.perf_counter() - start
     return Trained(model.eval(), history, len(held_out), seconds_features, seconds_training)
 

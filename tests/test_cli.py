@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,10 @@ from typer.testing import CliRunner
 
 from simplenet_lib import cli, training
 from simplenet_lib.cli import app
+from simplenet_lib.config import PRESETS, preset
+from simplenet_lib.dataset import ImageFiles, Sample, make_transform
+from simplenet_lib.localization import predict
+from simplenet_lib.model import SimpleNet
 from simplenet_lib.synthetic import generate
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +171,134 @@ def test_train_without_masks_and_without_test_images(data: Path) -> None:
     assert "image_auroc" not in json.loads(Path("bare/metrics.json").read_text())
 
 
+def test_train_on_a_folder_of_photos_alone(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pristine / "cloth/train/good", "my photos")
+    printed = simplenet("train", "--data", "my photos", *SET)
+    assert "1 held-out good photos: expect about 50% false alarms" in printed
+    run = Path("runs/my photos-fast-0")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["dataset"], metrics["category"]) == ("my photos", "my photos")
+    assert metrics["train_images"] + metrics["held_out_images"] == 8
+    # The layout must not matter: the same photos give the same bytes.
+    simplenet("train", "--data", pristine, "--output", "layout", *SET)
+    same = Path("layout/model.safetensors").read_bytes()
+    assert (run / "model.safetensors").read_bytes() == same
+    assert "holds photos only" in refused("evaluate", run, "--data", "my photos")
+    Path("empty").mkdir()
+    assert "none and no photos" in refused("train", "--data", "empty", *SET)
+    Path("one").mkdir()
+    shutil.copy("my photos/000.png", "one")
+    assert "1 normal image: at least 2" in refused("train", "--data", "one", *SET)
+
+
+# Benchmark ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset 'fast' with the numbers of TINY."""
+    tiny: dict[str, Any] = dict(change.split("=") for change in TINY)
+    tiny |= {name: int(value) for name, value in tiny.items() if value.isdigit()}
+    tiny["layers"] = tuple(tiny["layers"].split(","))
+    monkeypatch.setitem(PRESETS, "fast", preset("fast", **tiny))
+
+
+@pytest.mark.usefixtures("small_preset")
+def test_benchmark_makes_what_is_missing_and_a_table(
+    data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = simplenet("benchmark", "--data", data, "--seeds", "0,1")
+    assert {p.name for p in Path("results").iterdir()} == {
+        "cloth-fast-0.json",
+        "cloth-fast-1.json",
+    }
+    runs = [json.loads(Path(f"results/cloth-fast-{seed}.json").read_text()) for seed in (0, 1)]
+    alone = json.loads((trained / "metrics.json").read_text())
+    same = ["image_auroc", "pixel_auroc", "aupro", "threshold", "config"]
+    assert {key: runs[0][key] for key in same} == {key: alone[key] for key in same}
+    percent = [100 * run["image_auroc"] for run in runs]
+    mean, deviation = sum(percent) / 2, abs(percent[0] - percent[1]) / 2
+    assert f"| cloth | `fast` | 2 | {mean:.1f} ± {deviation:.1f} |" in first
+
+    def paid(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a run that is there was made again")
+
+    monkeypatch.setattr(training, "train", paid)
+    again = simplenet("benchmark", "--data", data, "--categories", "cloth", "--seeds", "1,0")
+    assert again == first[first.index("| category") :]
+
+
+@pytest.mark.usefixtures("small_preset")
+def test_benchmark_goes_on_after_an_interruption(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["benchmark", "--data", str(data), "--seeds", "0"]
+    with monkeypatch.context() as patch:  # after the training, before the evaluation
+        patch.setattr("simplenet_lib.localization.evaluate", stop)
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 130
+    (state,) = Path("results").iterdir()
+    assert state.name == "cloth-fast-0.training.safetensors"
+    simplenet(*arguments)
+    assert [p.name for p in Path("results").iterdir()] == ["cloth-fast-0.json"]
+
+
+@pytest.mark.usefixtures("small_preset", "no_training")
+def test_benchmark_refuses_before_it_trains(data: Path, refused: Callable[..., str]) -> None:
+    def benchmark(*arguments: object, root: object = data) -> str:
+        return refused("benchmark", "--data", root, *arguments)
+
+    assert "nowhere: no such folder" in benchmark(root="nowhere")
+    Path("empty").mkdir()
+    assert "not the MVTec AD layout" in benchmark(root="empty")
+    assert "no category 'bolt'. Found: cloth" in benchmark("--categories", "cloth,bolt")
+    assert "--seeds one: expected numbers" in benchmark("--seeds", "one")
+    assert "unknown preset 'slow'" in benchmark("--preset", "slow")
+    Path("results").mkdir()
+    other = Path("results/cloth-fast-0.json")
+    for text, sentence in (
+        ("{", "not a readable run"),
+        ("[]", "not a run of this program"),
+        ('{"category": "cloth", "seed": 0}', "of another data set or configuration"),
+    ):
+        other.write_text(text)
+        assert f"{other}: " in (message := benchmark()) and sentence in message
+    other.unlink()
+    image = data / "cloth/test/hole/000.png"
+    image.unlink()
+    assert "a mask without an image" in benchmark()
+
+
+# Export -------------------------------------------------------------------------------
+
+
+def test_export_gives_what_predict_gives(trained: Path, data: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    printed = simplenet("export", trained, "--output", "detector.onnx")
+    assert printed.strip() == "detector.onnx"
+    session = onnxruntime.InferenceSession("detector.onnx", providers=["CPUExecutionProvider"])
+    simplenet("predict", trained, data / "cloth/test")
+    for row in rows():
+        with Image.open(row["image"]) as image:  # 64x64, as the network wants them
+            pixels = np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
+        _, score = session.run(None, {"pixels": pixels[None]})
+        assert score[0] == pytest.approx(float(row["score"]), abs=1e-4)
+    stated = session.get_modelmeta().custom_metadata_map
+    assert float(stated["threshold"]) == pytest.approx(float(rows()[0]["threshold"]), rel=1e-5)
+    assert (stated["resize"], stated["crop"]) == ("64", "64")
+
+
+def test_export_refuses(trained: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "no such checkpoint" in refused("export", tmp_path)
+    assert "cannot be written to" in refused("export", trained, "--output", "/proc/x/model.onnx")
+
+
 def test_info_describes_the_model(trained: Path) -> None:
     printed = simplenet("info", trained)
     assert "threshold" in printed
@@ -185,7 +318,7 @@ def test_predict_a_folder_keeps_its_names(trained: Path, data: Path) -> None:
     Image.new("RGB", (90, 50)).save(test / "wide one, größer.jpg")
     simplenet("predict", trained, test)
     table = rows()
-    assert list(table[0]) == ["image", "score", "threshold", "verdict", "overlay"]
+    assert list(table[0]) == ["image", "score", "threshold", "verdict", "unfamiliar", "overlay"]
     images = sorted(p for p in test.rglob("*.*"))
     assert sorted(row["image"] for row in table) == [str(p) for p in images]
     for row in table:
@@ -201,6 +334,32 @@ def test_predict_a_folder_keeps_its_names(trained: Path, data: Path) -> None:
             assert o.size == image.size
     overlays = {p for p in Path("predictions/overlays").rglob("*") if p.is_file()}
     assert len(overlays) == len(table)
+
+
+def test_predict_warns_of_photos_unlike_those_of_the_training(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    # Where the limit lies is the training's affair; here it lies between two kinds of image.
+    maps = {}
+    model = SimpleNet.load(trained / "model.safetensors")
+    Path("grey").mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (64, 64), "grey").save(f"grey/{name}.png")
+    for folder in (data / "cloth/test/good", Path("grey")):
+        samples = [Sample(path, "good") for path in sorted(folder.iterdir())]
+        files = ImageFiles(samples, make_transform(64, 64))
+        maps[folder.name] = [np.median(p.map) for p in predict(model, files, progress=False)]
+    low, high = sorted(maps, key=lambda name: max(maps[name]))
+    assert max(maps[low]) < min(maps[high])
+    model.background = float(max(maps[low]) + min(maps[high])) / 2
+    model.save(tmp_path / "limit.safetensors")
+    folders = {"grey": Path("grey"), "good": data / "cloth/test/good"}
+    printed = simplenet("predict", "limit.safetensors", folders[high])
+    assert f"{len(maps[high])} of them look unlike the training photos" in printed
+    assert {row["unfamiliar"] for row in rows()} == {"yes"}
+    printed = simplenet("predict", "limit.safetensors", folders[low])
+    assert "unlike" not in printed
+    assert {row["unfamiliar"] for row in rows()} == {"no"}
 
 
 def test_predict_single_images_with_the_same_stem(trained: Path, data: Path) -> None:

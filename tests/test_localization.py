@@ -23,6 +23,7 @@ from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample, make_trans
 from simplenet_lib.localization import (
     Prediction,
     anomaly_map,
+    background,
     evaluate,
     image_score,
     predict,
@@ -368,3 +369,13 @@ def test_gallery_draws_every_verdict_without_a_warning(tmp_path, resize):
                 assert len(column[1].collections) == prediction.mask.any()  # the marked defect
             plt.close(figure)
     assert plt.get_fignums() == []
+
+
+def test_background_is_the_median_and_a_small_defect_does_not_move_it() -> None:
+    maps = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 9, 9))).float()
+    expected = np.median(maps.numpy().reshape(3, -1), axis=1)
+    assert background(maps).tolist() == pytest.approx(expected.tolist())
+    marked = maps.clone()
+    marked[:, :2, :2] = marked.amax() + 1000
+    assert (background(marked) - background(maps)).abs().max() < 0.5
+    assert torch.allclose(background(maps + 2), background(maps) + 2)

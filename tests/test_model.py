@@ -22,6 +22,7 @@ from simplenet_lib import model as model_module
 from simplenet_lib.config import Config, SimpleNetError, preset
 from simplenet_lib.model import (
     CHECKPOINT_FORMAT,
+    SCALE,
     Head,
     SimpleNet,
     read_checkpoint,
@@ -64,6 +65,7 @@ def trained(random_weights: Weights) -> SimpleNet:
     model = SimpleNet(CONFIG, random_weights).eval()
     model.head.load_state_dict(head(channels=64).state_dict())
     model.threshold, model.typical = 0.1 + 0.2, -1 / 3  # no short decimal
+    model.background = 1 / 7
     return model
 
 
@@ -153,7 +155,7 @@ def test_save_and_load_give_the_same_bits(trained: SimpleNet, tmp_path: Path) ->
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), trained(images))
     assert loaded(images).shape == (2, 8, 8)
-    assert (loaded.threshold, loaded.typical) == (trained.threshold, trained.typical)
+    assert all(getattr(loaded, name) == getattr(trained, name) for name in SCALE)
     assert loaded.config == trained.config
     assert not loaded.training
     again = tmp_path / "again.safetensors"
@@ -172,7 +174,7 @@ def rewritten(trained: SimpleNet, tmp_path: Path) -> Callable[..., Path]:
     """Write the checkpoint of ``trained`` with some tensors or metadata changed or left out."""
 
     def write(tensors: dict[str, Any] | None = None, **metadata: str | None) -> Path:
-        scale = {"threshold": repr(trained.threshold), "typical": repr(trained.typical)}
+        scale = {name: repr(getattr(trained, name)) for name in SCALE}
         state = {**trained.head.state_dict(), **(tensors or {})}
         data = {**trained.identity(), **scale, **metadata}
         path = tmp_path / "model.safetensors"
@@ -220,7 +222,7 @@ def test_a_head_for_another_backbone_is_refused(tmp_path: Path, random_weights: 
         "config": CONFIG.to_json(),
         "weights": random_weights.digest,
     }
-    scale = {"threshold": "1.0", "typical": "0.0"}
+    scale = {"threshold": "1.0", "typical": "0.0", "background": "0.5"}
     write_checkpoint(path, head(channels=6).state_dict(), identity | scale)
     assert "asks for (4, 64, 1, 1)" in refused(path)
 
@@ -289,7 +291,7 @@ HEADER_VALUE = st.one_of(
     st.booleans(),
     st.integers(-2, 2**65),
     st.text(max_size=4),
-    st.sampled_from(["[" * 5000, "[]", "null", '{"format": 1}', '{"format": "simplenet-1"}']),
+    st.sampled_from(["[" * 5000, "[]", "null", '{"format": 1}', '{"format": "simplenet-2"}']),
     st.sampled_from(["F32", "F64", "I64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "U64"]),
     st.lists(st.integers(0, 2**63), max_size=3),
 )
@@ -299,7 +301,7 @@ HEADER_VALUE = st.one_of(
 def valid(random_weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
     model = SimpleNet(CONFIG, random_weights)
-    model.threshold, model.typical = 1.0, 0.0
+    model.threshold, model.typical, model.background = 1.0, 0.0, 0.5
     model.save(path)
     return path.read_bytes()
 

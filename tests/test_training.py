@@ -26,7 +26,7 @@ from simplenet_lib.model import Head, SimpleNet, read_checkpoint, write_checkpoi
 from simplenet_lib.training import fit, shuffled_positions, split_images, train
 
 CHANNELS = 5
-IDENTITY = {"format": "simplenet-1", "config": "toy"}
+IDENTITY = {"format": "simplenet-2", "config": "toy"}
 IMAGES = [0, 1, 3]
 
 

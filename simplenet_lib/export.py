@@ -1,0 +1,100 @@
+"""Chapter 12: the whole detector as one ONNX file, for programs without PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simplenet_lib.config import SimpleNetError
+from simplenet_lib.localization import anomaly_map, image_score
+from simplenet_lib.model import SimpleNet, write_whole
+from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
+
+OPSET = 18
+
+
+class Detector(nn.Module):
+    """From pixels to map and score: what one ONNX graph holds.
+
+    Parameters
+    ----------
+    model : SimpleNet
+        A trained model.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: SimpleNet) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Map RGB pixels (N, 3, crop, crop), 0 to 1, to maps (N, crop, crop) and scores (N,)."""
+        config = self.model.config
+        scores = self.model((pixels - self.mean) / self.std)
+        maps = anomaly_map(scores, config.crop, config.smoothing)
+        return maps, image_score(maps)
+
+
+def export_onnx(model: SimpleNet, path: Path) -> None:
+    """Write a trained model, its backbone included, as an ONNX file of opset 18.
+
+    Normalisation, backbone, standardisation, head, map and score are inside the
+    graph; reading, resizing and cropping the image stay outside. Input
+    ``pixels`` (N, 3, crop, crop), RGB from 0 to 1; outputs ``map``
+    (N, crop, crop) and ``score`` (N,); any N. The file's metadata hold
+    ``threshold`` and the sides ``resize`` and ``crop`` in pixels.
+
+    Raises
+    ------
+    SimpleNetError
+        If the packages for the export are missing, or ``path`` cannot be written.
+    """
+    try:
+        import onnx
+        import onnxscript
+    except ImportError as error:
+        raise SimpleNetError(
+            f"the export needs the package {error.name}: pip install 'simplenet_lib[export]'."
+        ) from error
+    op: Any = onnxscript.opset18
+
+    def median(values: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
+        """The lower median along ``dim``, as PyTorch defines it; ONNX has no operator for it."""
+        assert not keepdim
+        half = (values.shape[dim] + 1) // 2
+        smallest, places = op.TopK(values, op.Constant(value_ints=[half]), axis=dim, largest=0)
+        last = op.Constant(value_int=half - 1)
+        return op.Gather(smallest, last, axis=dim), op.Gather(places, last, axis=dim)
+
+    detector = Detector(model.cpu()).eval()
+    example = torch.rand(2, 3, model.config.crop, model.config.crop)
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        # The exporter warns of its own internals, nothing that a user could mend.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            detector,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=["map", "score"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("N", min=1, max=1024)}},
+            custom_translation_table={torch.ops.aten.median.dim: median},
+            verbose=False,
+        )
+    assert program is not None  # it is, with dynamo
+    proto = program.model_proto
+    config = model.config
+    values = {"threshold": repr(model.threshold), "background": repr(model.background)}
+    values |= {"resize": str(config.resize), "crop": str(config.crop), "config": config.to_json()}
+    onnx.helper.set_model_props(proto, values)
+    onnx.checker.check_model(proto, full_check=True)
+    write_whole(path, proto.SerializeToString())
