@@ -44,7 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layer2 + layer3": {"layers": ("layer2", "layer3")},
     "layer2 + layer3, 256 pixels": {"layers": ("layer2", "layer3"), "resize": 256, "crop": 256},
     "no neighbourhood": {"neighbourhood": 1},
-    "sigma 0.1": {"sigma": 0.1},
     "sigma 0.25": {"sigma": 0.25},
     "sigma 1": {"sigma": 1.0},
     "no BatchNorm": {"batchnorm": False},

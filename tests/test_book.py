@@ -54,6 +54,9 @@ TAUGHT = {
     "06_margin_loss": (["loss"], {"margin_loss"}),
     "07_training": (["training", "model"], {"Head", "split_images", "shuffled_positions"}),
     "08_localization": (["localization", "metrics"], {"anomaly_map", "image_score", "threshold"}),
+    "10_ablations": (["baselines"], {"PixelGaussian", "PositionGaussian", "NearestNeighbour"}),
+    "11_benchmark": (["benchmark"], {"mean_and_deviation"}),
+    "12_your_own_photos": (["export", "localization", "dataset"], {"Detector", "background"}),
 }
 SOLUTION = {
     "mystnb": {
@@ -146,7 +149,8 @@ def test_imports_only_what_comes_with_the_library(path: Path) -> None:
     """On Colab the setup cell installs the library and what it needs, nothing else."""
     modules = {"PIL": "pillow", "sklearn": "scikit-learn"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    installed = {Requirement(line).name for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["export"]]
+    installed = {Requirement(line).name for line in lines}
     installed |= {"simplenet_lib", "IPython"} | sys.stdlib_module_names
     for cell in code(path):
         for node in ast.walk(ast.parse(cell["source"])):
