@@ -8,9 +8,15 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from hypothesis import settings
 from tqdm import tqdm
 
 from simplenet_lib.config import SimpleNetError
+
+# `make stress` asks for the other one. A failing example is printed; none is kept on disk.
+settings.register_profile("usual", max_examples=150, deadline=None, database=None)
+settings.register_profile("stress", max_examples=2000, deadline=None, database=None)
+settings.load_profile("usual")
 
 
 class Loopback:

@@ -1,14 +1,19 @@
 """Reading images and masks: what is accepted, what is refused, and that both stay aligned."""
 
+import io
 import os
+import shutil
 import struct
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -386,6 +391,90 @@ def test_damaged_image_in_a_data_set_is_named(root):
     test = AnomalyDataset(root, "part", "test", TRANSFORM)
     with pytest.raises(SimpleNetError, match="broken/000_mask.png: not a readable image"):
         test[0]
+
+
+# Anything at all
+
+
+def encoded(format: str) -> bytes:
+    """A small image with something in it, as the bytes of a file."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 9), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, format)
+    return file.getvalue()
+
+
+@given(
+    format=st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP"]),
+    changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4),
+    end=st.none() | st.integers(0, 400),
+)
+def test_changed_image_bytes_are_read_or_refused(
+    tmp_path_factory, format: str, changes: list[tuple[int, int]], end: int | None
+) -> None:
+    data = bytearray(encoded(format))
+    for index, value in changes:
+        data[index % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / "changed.png"
+    path.write_bytes(data[:end])
+    for read in (read_mask, read_image):
+        try:
+            image = read(path)
+        except SimpleNetError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:
+            if read is read_mask:
+                assert set(np.unique(np.asarray(image))) <= {0, 1}
+            else:
+                assert image.mode == "RGB"
+
+
+PARTS = st.sampled_from(
+    ["train", "test", "ground_truth", "good", "broken", "a.png", "a_mask.png", "b.png", ".x", "é"]
+)
+
+
+@given(
+    entries=st.dictionaries(
+        st.lists(PARTS, min_size=1, max_size=3).map("/".join),
+        st.sampled_from(["folder", "image", "wide image", "text", "link to itself", "link up"]),
+        max_size=8,
+    ),
+    base=st.booleans(),
+)
+def test_any_folders_are_read_or_refused(
+    tmp_path_factory, entries: dict[str, str], base: bool
+) -> None:
+    root = tmp_path_factory.mktemp("layout")
+    if base:  # something that works, to be spoiled
+        save(root / "part/train/good/0.png", (4, 4))
+        save(root / "part/test/broken/0.png", (4, 4))
+        save(root / "part/ground_truth/broken/0_mask.png", (4, 4), "L", 255)
+    for name, kind in entries.items():
+        path = root / "part" / name
+        with suppress(OSError):  # a name that is taken by a file stays one
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "folder":
+                path.mkdir(exist_ok=True)
+            elif kind == "text":
+                path.write_text("no image")
+            elif kind.startswith("link"):
+                path.symlink_to(path.name if kind == "link to itself" else "..")
+            else:
+                Image.new("L", (4, 4) if kind == "image" else (5, 4)).save(path, "PNG")
+    for split in ("train", "test"):
+        try:
+            found = AnomalyDataset(root, "part", split, TRANSFORM)
+            items = [found[index] for index in range(len(found))]
+        except SimpleNetError as error:
+            assert str(error)
+        else:
+            assert items
+            assert split == "test" or not any(item["label"] for item in items)
+            assert found.has_masks in (True, False)
+            for item in items:
+                assert item["image"].shape == (3, 64, 64) and item["mask"].shape == (64, 64)
+    shutil.rmtree(root)
 
 
 # The transform

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models import resnet18
@@ -339,7 +339,6 @@ def test_changed_bytes_load_or_are_refused(
     header = 8 + struct.unpack("<Q", valid[:8])[0]
     place = st.one_of(st.integers(0, header - 1), st.integers(0, len(valid) - 1))
 
-    @settings(deadline=None, max_examples=150, database=None)
     @given(
         changes=st.lists(st.tuples(place, st.integers(0, 255)), min_size=1, max_size=4),
         end=st.one_of(st.none(), st.integers(0, len(valid))),
@@ -364,7 +363,6 @@ def test_changed_headers_load_or_are_refused(
     entries = sorted(header)
     keys = ["dtype", "shape", "data_offsets", "simplenet", "x"]
 
-    @settings(deadline=None, max_examples=150, database=None)
     @given(entry=st.sampled_from(entries), key=st.sampled_from(keys), value=HEADER_VALUE)
     @example(entry="standardise.limit", key="shape", value=[0, 2**62])
     @example(entry="adaptor.conv.weight", key="dtype", value="F8_E8M0")
@@ -378,7 +376,6 @@ def test_changed_headers_load_or_are_refused(
 
 
 @pytest.mark.usefixtures("fast_load")
-@settings(deadline=None, max_examples=100, database=None)
 @given(
     name=st.sampled_from([*json.loads(CONFIG.to_json()), "surplus"]),
     value=st.recursive(

@@ -266,7 +266,8 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path) -> None:
     context.set_forkserver_preload(["simplenet_lib.training", __name__])
     path = tmp_path / "training.safetensors"
     random = np.random.default_rng(0)
-    for _ in range(5):
+    kills = int(os.environ.get("KILLS", "5"))  # `make stress` asks for more
+    for _ in range(kills):
         process = context.Process(target=train_until_killed, args=(path,))
         process.start()
         before = path.stat().st_mtime_ns if path.exists() else 0
@@ -279,7 +280,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path: Path) -> None:
         process.join()
         tensors, metadata = read_checkpoint(path)  # always whole
     done = int(metadata["step"])
-    assert done >= 250  # each process went on from where the last was killed
+    assert done >= 50 * kills  # each process went on from where the last was killed
     # The curves' length and the identity belong to 100,000 steps; compare what was done.
     short = toy(steps=done)
     head = new_head(short)
