@@ -50,7 +50,7 @@ def measured_runs(kind: str = "") -> list[dict[str, Any]]:
     ----------
     kind : str
         Folder in ``results/``: ``""`` for whole runs of a preset, ``"ablation"``,
-        ``"steps"`` or ``"photos"``.
+        ``"steps"``, ``"photos"`` or ``"long"``.
     """
     # An installed library carries them inside; in a checkout they lie beside it.
     package = Path(__file__).parent

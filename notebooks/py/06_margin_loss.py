@@ -38,7 +38,8 @@ if importlib.util.find_spec("simplenet_lib") is None:
         raise SystemExit(
             "Set the repository's address first: make repository URL=https://github.com/..."
         )
-    command = [sys.executable, "-m", "pip", "install", "--quiet", f"git+{REPOSITORY}"]
+    source = f"simplenet_lib[export] @ git+{REPOSITORY}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", source]
     subprocess.run(command, check=True)
 
 # %%
