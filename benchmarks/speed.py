@@ -1,0 +1,328 @@
+"""Speed and memory as ratios, each measured in one run on one machine.
+
+    python benchmarks/speed.py [NAME ...] [--data ROOT/CATEGORY]
+
+NAME is a function of this file; all of them without one. ``quality`` and
+``recipe`` need ``--data`` and are left out without it. Writes one JSON each to
+``results/bench``. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from simplenet_lib import __version__
+from simplenet_lib.config import preset
+from simplenet_lib.dataset import AnomalyDataset, ImageFiles, make_transform, photos
+from simplenet_lib.export import Detector, export_onnx
+from simplenet_lib.features import FEATURE_BATCH, FrozenFeatures
+from simplenet_lib.localization import evaluate
+from simplenet_lib.model import SimpleNet
+from simplenet_lib.training import train
+from simplenet_lib.weights import find_weights
+
+OUTPUT = Path("results/bench")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long ``work`` takes, all of its work on a GPU included."""
+    start = time.perf_counter()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternating(*works: Callable[[], object], rounds: int = 7) -> list[float]:
+    """Median seconds of each, taken in turns so that a slow spell meets all of them."""
+    for work in works:
+        seconds(work)
+    taken = [[seconds(work) for work in works] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+@contextmanager
+def fresh_cache() -> Iterator[Path]:
+    """A feature cache that holds nothing yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("SIMPLENET_CACHE")
+        os.environ["SIMPLENET_CACHE"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ["SIMPLENET_CACHE"]
+            if before is not None:
+                os.environ["SIMPLENET_CACHE"] = before
+
+
+def new_model() -> SimpleNet:
+    """Preset ``fast`` with an untrained head, for what does not depend on what it learned."""
+    config = preset("fast")
+    model = SimpleNet(config, find_weights(config.backbone)).eval()
+    model.threshold = model.typical = model.background = 0.0
+    return model.to(DEVICE)
+
+
+@torch.inference_mode()
+def inference(_: Path | None) -> dict[str, Any]:
+    """Image in, map and score out, over the bare backbone up to the last layer in use."""
+    model = new_model()
+    detector = Detector(model).to(DEVICE).eval()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        import onnxruntime
+
+        file = Path(folder) / "model.onnx"
+        export_onnx(model, file)
+        model.to(DEVICE)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        for batch in (1, 8):
+            pixels = torch.rand(batch, 3, model.config.crop, model.config.crop, device=DEVICE)
+            last = pixels.contiguous(memory_format=torch.channels_last)
+            on_host = pixels.cpu().numpy()
+            bare, ours, onnx = alternating(
+                lambda last=last: model.features.extractor(last),
+                lambda pixels=pixels: detector(pixels),
+                lambda on_host=on_host: session.run(None, {"pixels": on_host}),
+            )
+            found[f"batch_{batch}"] = {
+                "bare_backbone_ms": 1000 * bare / batch,
+                "ours_ms": 1000 * ours / batch,
+                "onnxruntime_cpu_ms": 1000 * onnx / batch,
+                "ratio": ours / bare,
+                "ratio_onnxruntime": onnx / bare,
+                "images_per_second": batch / ours,
+            }
+    return found
+
+
+def metrics(_: Path | None) -> dict[str, Any]:
+    """AUPRO, pixel AUROC and pixel AP of 83 maps of 900x900, and the memory that they need."""
+    code = (
+        "import resource, sys, time, numpy as np\n"
+        "from simplenet_lib.metrics import pixel_metrics\n"
+        "rng = np.random.default_rng(0)\n"
+        "masks = np.zeros((83, 900, 900), dtype=bool)\n"
+        "for index in range(20, 83):\n"
+        "    y, x = rng.integers(0, 800, 2)\n"
+        "    masks[index, y : y + 60, x : x + 90] = True\n"
+        "maps = rng.normal(size=masks.shape).astype(np.float32) + masks\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "start = time.perf_counter()\n"
+        "pixel_metrics(list(masks), list(maps))\n"
+        "print(time.perf_counter() - start)\n"
+        "print(before / 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n"
+    )
+    lines = run_python(code).split()
+    return {
+        "pixels": 83 * 900 * 900,
+        "seconds": float(lines[0]),
+        "peak_gb_with_the_maps": float(lines[2]),
+        "peak_gb_before": float(lines[1]),
+    }
+
+
+def imports(_: Path | None) -> dict[str, Any]:
+    """Import of the library beyond torch's, and the time of ``simplenet --help``."""
+    modules = ["training", "localization", "plots", "synthetic", "benchmark"]
+    lines = "".join(f"import simplenet_lib.{name}\n" for name in modules)
+    timed = "import time\nimport torch, torchvision\nstart = time.perf_counter()\n"
+    found = [float(run_python(f"{timed}{lines}print(time.perf_counter() - start)"))]
+    found += [float(run_python(f"{timed}{lines}print(time.perf_counter() - start)"))]
+    program = str(Path(sys.executable).parent / "simplenet")
+    helps = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([program, "--help"], check=True, capture_output=True)
+        helps.append(time.perf_counter() - start)
+    return {
+        "every_module_beyond_torch_seconds": min(found),
+        "help_seconds": statistics.median(helps),
+        "help_imports_torch": "torch"
+        in run_python("import sys, simplenet_lib.cli\nprint([*sys.modules])"),
+    }
+
+
+def memory(_: Path | None) -> dict[str, Any]:
+    """Peak memory and speed of training on few and on many photos of 64 px."""
+    peaks: dict[int, tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for index in range(10_000):
+            noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(Path(folder) / f"{index:05}.bmp")
+        for count in (1000, 10_000):
+            code = (
+                "import resource\n"
+                "from pathlib import Path\n"
+                "from simplenet_lib.config import preset\n"
+                "from simplenet_lib.dataset import ImageFiles, make_transform, photos\n"
+                "from simplenet_lib.training import train\n"
+                f"samples = photos(Path({folder!r}))[:{count}]\n"
+                "config = preset('fast', resize=64, crop=64)\n"
+                "result = train(ImageFiles(samples, make_transform(64, 64)), config,"
+                " progress=False)\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)\n"
+                "print(result.seconds_features)\n"
+            )
+            with fresh_cache():
+                lines = run_python(code).split()
+            peaks[count] = float(lines[0]), float(lines[1])
+    few, many = peaks[1000], peaks[10_000]
+    return {
+        "peak_mb": {str(count): peak for count, (peak, _) in peaks.items()},
+        "mb_per_image": (many[0] - few[0]) / 9000,
+        "images_per_second": {"1000": 1000 / few[1], "10000": 10_000 / many[1]},
+    }
+
+
+def loading(_: Path | None) -> dict[str, Any]:
+    """Share of a feature pass in which the backbone waits for images of 900x900."""
+    model = new_model()
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for index in range(32):
+            coarse = rng.integers(0, 256, (90, 90, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((900, 900), Image.Resampling.BICUBIC)
+            image.save(Path(folder) / f"{index:02}.png")
+        files = ImageFiles(photos(Path(folder)), make_transform(320, 320))
+        batches = [batch["image"].to(DEVICE) for batch in DataLoader(files, FEATURE_BATCH)]
+
+        def backbone_alone() -> None:
+            for batch in batches:
+                model.features(batch)
+
+        def with_loading() -> None:
+            for batch in DataLoader(files, FEATURE_BATCH):
+                model.features(batch["image"].to(DEVICE))
+
+        alone, whole = alternating(backbone_alone, with_loading, rounds=3)
+    return {"backbone_seconds": alone, "whole_seconds": whole, "idle_share": 1 - alone / whole}
+
+
+def bare_pass(extractor: FrozenFeatures, images: torch.Tensor) -> dict[str, float]:
+    """Seconds of one pass of ``images`` through the backbone, eager and channels last."""
+    batches = images.split(FEATURE_BATCH)
+    last = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+    with torch.inference_mode():
+        plain = seconds(lambda: [extractor.extractor(batch) for batch in batches])
+        turned = seconds(lambda: [extractor.extractor(batch) for batch in last])
+    return {"eager": plain, "channels_last": turned}
+
+
+def quality(folder: Path | None) -> dict[str, Any]:
+    """Everything from files to measured quality, over one bare pass of the same images."""
+    assert folder is not None
+    config = preset("fast")
+    transform = make_transform(config.resize, config.crop)
+    splits = [AnomalyDataset(folder.parent, folder.name, s, transform) for s in ("train", "test")]
+    model = new_model()
+    images = torch.stack([split[index]["image"] for split in splits for index in range(len(split))])
+    model.features(images[:8].to(DEVICE))  # first calls are slow
+    bare = bare_pass(model.features, images.to(DEVICE))
+    del images, model
+    gc.collect()
+    with fresh_cache():
+        start = time.perf_counter()
+        trained = train(splits[0], config, device=DEVICE, progress=False)
+        middle = time.perf_counter()
+        found, _ = evaluate(trained.model, splits[1], progress=False)
+        end = time.perf_counter()
+    return {
+        "bare_backbone_seconds": bare,
+        "features_seconds": trained.seconds_features,
+        "training_seconds": trained.seconds_training,
+        "evaluation_seconds": end - middle,
+        "whole_seconds": end - start,
+        "image_auroc": found["image_auroc"],
+        "ratio": (end - start) / min(bare.values()),
+    }
+
+
+def recipe(folder: Path | None) -> dict[str, Any]:
+    """The published recipe, every epoch through the backbone, from two measured steps."""
+    assert folder is not None
+    config = preset("paper")
+    model = SimpleNet(config, find_weights(config.backbone)).to(DEVICE)
+    transform = make_transform(config.resize, config.crop)
+    normal = AnomalyDataset(folder.parent, folder.name, "train", transform)
+    batch = torch.stack([normal[index]["image"] for index in range(8)]).to(DEVICE)
+    optimizer = torch.optim.Adam(model.head.parameters())
+    noise = torch.Generator(DEVICE)
+    model.head.train()
+
+    def step() -> None:
+        scores = model.head.normal_and_noisy(model.features(batch), noise)
+        loss = (0.5 - scores[0]).relu().mean() + (0.5 + scores[1]).relu().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()
+    one = statistics.median(seconds(step) for _ in range(3))
+    steps = 160 * (len(normal) // 8)
+    ours = quality(folder)["whole_seconds"]
+    return {
+        "seconds_a_step": one,
+        "steps": steps,
+        "extrapolated_hours": one * steps / 3600,
+        "ours_seconds": ours,
+        "ratio": one * steps / ours,
+    }
+
+
+def run_python(code: str) -> str:
+    """What a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+ALL = (imports, inference, metrics, loading, memory, quality, recipe)
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *(work.__name__ for work in ALL)])
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    for work in ALL:
+        name = work.__name__
+        if name not in (arguments.names or [w.__name__ for w in ALL]):
+            continue
+        if name in ("quality", "recipe") and arguments.data is None:
+            print(f"{name}: needs --data ROOT/CATEGORY")
+            continue
+        found = {
+            **work(arguments.data),
+            "versions": {"simplenet_lib": __version__, "torch": torch.__version__},
+            "hardware": torch.cuda.get_device_name()
+            if DEVICE == "cuda"
+            else f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
+        }
+        (OUTPUT / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+        print(name, json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
