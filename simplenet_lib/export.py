@@ -50,7 +50,8 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
     graph; reading, resizing and cropping the image stay outside. Input
     ``pixels`` (N, 3, crop, crop), RGB from 0 to 1; outputs ``map``
     (N, crop, crop) and ``score`` (N,); any N. The file's metadata hold
-    ``threshold`` and the sides ``resize`` and ``crop`` in pixels.
+    ``threshold``, ``background``, the sides ``resize`` and ``crop`` in pixels,
+    and the whole ``config`` as JSON.
 
     Raises
     ------

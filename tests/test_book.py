@@ -56,7 +56,10 @@ TAUGHT = {
     "08_localization": (["localization", "metrics"], {"anomaly_map", "image_score", "threshold"}),
     "10_ablations": (["baselines"], {"PixelGaussian", "PositionGaussian", "NearestNeighbour"}),
     "11_benchmark": (["benchmark"], {"mean_and_deviation"}),
-    "12_your_own_photos": (["export", "localization", "dataset"], {"Detector", "background"}),
+    "12_your_own_photos": (
+        ["export", "localization", "dataset"],
+        {"photos", "background", "Detector"},
+    ),
 }
 SOLUTION = {
     "mystnb": {
