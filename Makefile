@@ -11,7 +11,7 @@ EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR \
 	--CoalesceStreamsPreprocessor.enabled=True \
 	--ExecutePreprocessor.record_timing
 
-.PHONY: help setup book test stress lint format sync repository lock clean
+.PHONY: help setup book test stress bench lint format sync repository lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ test: lint ## check style and types, then run every test and compare every noteb
 stress: $(READY) ## 10,000 damaged files, 20 killed trainings: what `make test` does in small
 	KILLS=20 $(BIN)/python -m pytest --hypothesis-profile stress \
 		-k "changed or any_folders or killed"
+
+bench: $(READY) ## measure speed and memory as ratios, on a machine that does nothing else
+	$(BIN)/python benchmarks/speed.py
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check
