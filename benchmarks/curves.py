@@ -34,10 +34,8 @@ class Category:
     """One category with the cached features of both splits."""
 
     def __init__(self, folder: Path) -> None:
-        config = preset("fast")
-        self.folder = folder
-        self.normal, self.test = splits(folder, config)
-        model = SimpleNet(config, find_weights(config.backbone))
+        model = untrained(seed=0)
+        self.normal, self.test = splits(folder, model.config)
         self.features, self.test_features = (
             cached_features(model.features, split, model.feature_key())
             for split in (self.normal, self.test)
@@ -52,14 +50,16 @@ class Category:
         model.train()
         return maps
 
-    def head_only(self, seed: int, **changes: object) -> SimpleNet:
-        """A model that has not been trained."""
-        return SimpleNet(preset("fast", seed=seed, **changes), find_weights("resnet50"))
+
+def untrained(seed: int, **changes: object) -> SimpleNet:
+    """A model of preset ``fast`` before its training."""
+    config = preset("fast", seed=seed, **changes)
+    return SimpleNet(config, find_weights(config.backbone))
 
 
 def steps(category: Category, seed: int) -> dict[str, object]:
     """Measure the test images every few steps: what nobody should choose by."""
-    model = category.head_only(seed, steps=STEPS)
+    model = untrained(seed, steps=STEPS)
     training_images, _ = split_images(len(category.normal), model.config.holdout, seed)
     rows = []
 
@@ -76,7 +76,7 @@ def steps(category: Category, seed: int) -> dict[str, object]:
 
 def photos(category: Category, seed: int, count: int) -> dict[str, object]:
     """Train on ``count`` normal photos drawn at random, the threshold's photos among them."""
-    model = category.head_only(seed)
+    model = untrained(seed)
     order = np.random.default_rng(seed).permutation(len(category.normal))[:count]
     train_at, held_out_at = split_images(len(order), model.config.holdout, seed)
     fit(model.head, category.features, sorted(order[train_at].tolist()), model.config)

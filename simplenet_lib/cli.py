@@ -20,6 +20,7 @@ from simplenet_lib.config import PRESETS, Config, SimpleNetError
 from simplenet_lib.config import preset as preset_named
 
 if TYPE_CHECKING:
+    from simplenet_lib.dataset import AnomalyDataset
     from simplenet_lib.localization import Prediction
     from simplenet_lib.model import SimpleNet
 
@@ -201,15 +202,14 @@ def benchmark(
     # A folder that cannot be read is found now, not after hours.
     for name, config in {name: config for name, config, _ in missing}.items():
         transform = make_transform(config.resize, config.crop)
-        for split in ("train", "test"):
-            AnomalyDataset(data, name, split, transform)
+        AnomalyDataset(data, name, "train", transform)
+        if not _can_be_evaluated(AnomalyDataset(data, name, "test", transform)):
+            raise SimpleNetError(f"{data / name}: no test images with and without a defect.")
     _check_writable(output)
     for number, (name, config, path) in enumerate(missing, start=1):
         print(f"{number} of {len(missing)}: {name}, seed {config.seed}", flush=True)
         state = path.with_suffix(".training.safetensors")
-        _, report, predictions = _run(data, name, config, weights, device, state)
-        if predictions is None:
-            raise SimpleNetError(f"{data / name}: no test images with and without a defect.")
+        _, report, _ = _run(data, name, config, weights, device, state)
         write_whole(path, _as_json(report))
         state.unlink(missing_ok=True)
     print(table(read_runs(output)))
@@ -259,7 +259,7 @@ def _run(
             "versions": _versions(),
             "hardware": _hardware(model),
         }
-        if test is not None and {sample.label for sample in test.samples} == {0, 1}:
+        if test is not None and _can_be_evaluated(test):
             start = time.perf_counter()
             metrics, predictions = evaluate(model, test)
             seconds = round(time.perf_counter() - start, 2)
@@ -519,6 +519,11 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise SimpleNetError("no CUDA device found. Use --device cpu.")
     return name
+
+
+def _can_be_evaluated(test: AnomalyDataset) -> bool:
+    """Whether there are test images with and without a defect."""
+    return {sample.label for sample in test.samples} == {0, 1}
 
 
 def _at_threshold(predictions: list[Prediction]) -> dict[str, float]:

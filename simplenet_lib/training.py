@@ -322,12 +322,14 @@ def train(
     images = "".join(sha256_of(sample.image) for sample in dataset.samples)
     identity = {**model.identity(), "images": hashlib.sha256(images.encode()).hexdigest()}
     history = fit(model.head, features, training, config, checkpoint, identity, progress=progress)
-    maps = cached_maps(model, features, held_out)
+    # Two or three held-out images would say too little of what an image looks like as a
+    # whole; trained on or not hardly matters there, unlike for the threshold.
+    familiar = [*held_out, *training][: max(BACKGROUND_IMAGES, len(held_out))]
+    maps = cached_maps(model, features, familiar)
+    model.background = float(background(maps).max())
+    maps = maps[: len(held_out)]
     model.threshold = threshold(image_score(maps), config.quantile)
     model.typical = float(maps.median())
-    # Two or three held-out images would say too little; trained on or not hardly matters here.
-    familiar = [*held_out, *training][: max(BACKGROUND_IMAGES, len(held_out))]
-    model.background = float(background(cached_maps(model, features, familiar)).max())
     seconds_training = time.perf_counter() - start
     return Trained(model.eval(), history, len(held_out), seconds_features, seconds_training)
 
