@@ -46,8 +46,10 @@ stress: $(READY) ## 10,000 damaged files, 20 killed trainings: what `make test` 
 	KILLS=20 $(BIN)/python -m pytest --hypothesis-profile stress \
 		-k "changed or any_folders or killed"
 
+# DATA=ROOT/CATEGORY: images for the measurements that train, `bottle` of MVTec AD in the README.
 bench: $(READY) ## measure speed and memory as ratios, on a machine that does nothing else
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/speed.py $(if $(DATA),--data $(DATA))
+	$(if $(DATA),$(BIN)/python benchmarks/peers.py $(DATA))
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

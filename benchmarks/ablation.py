@@ -41,16 +41,17 @@ OUTPUT = Path("results/ablation")
 #: Name of the variant, and what it changes of preset ``fast``.
 VARIANTS: dict[str, dict[str, Any]] = {
     "mirrored border": {},
-    "layer2 + layer3": {"layers": ("layer2", "layer3")},
-    "layer2 + layer3, 256 pixels": {"layers": ("layer2", "layer3"), "resize": 256, "crop": 256},
-    "no neighbourhood": {"neighbourhood": 1},
+    "three layers": {"layers": ("layer2", "layer1", "layer3")},
+    "neighbourhood of 3": {"neighbourhood": 3},
+    "256 pixels": {"resize": 256, "crop": 256},
+    "head twice as wide": {"adaptor_channels": 512, "hidden_channels": 512},
     "sigma 0.25": {"sigma": 0.25},
     "sigma 1": {"sigma": 1.0},
     "no BatchNorm": {"batchnorm": False},
     "learning rates / 3": {"adaptor_lr": 1e-4, "discriminator_lr": 2e-4},
     "no clipping": {},
     "not standardised": {"standardise": False},
-    "no adaptor": {"adaptor_channels": 1792},  # as wide as the features it hands on
+    "no adaptor": {"adaptor_channels": 1536},  # as wide as the features it hands on
     "frozen adaptor": {"adaptor_lr": 0.0},
     "two-layer adaptor": {},
     "cross-entropy": {},

@@ -4,7 +4,8 @@
 
 NAME is a function of this file; all of them without one. ``quality`` and
 ``recipe`` need ``--data`` and are left out without it. Writes one JSON each to
-``results/bench``. Run it on a machine that does nothing else.
+``results/bench``. Run it on a machine that does nothing else. The bare backbone is
+torchvision's network up to the last layer in use, without anything of ours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,13 +30,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from simplenet_lib import __version__
 from simplenet_lib.config import preset
 from simplenet_lib.dataset import AnomalyDataset, ImageFiles, make_transform, photos
 from simplenet_lib.export import Detector, export_onnx
-from simplenet_lib.features import FEATURE_BATCH, FrozenFeatures
+from simplenet_lib.features import FEATURE_BATCH, batches, build_backbone
 from simplenet_lib.localization import evaluate
 from simplenet_lib.loss import margin_loss
 from simplenet_lib.model import SimpleNet
@@ -84,37 +87,87 @@ def new_model() -> SimpleNet:
     return model.to(DEVICE)
 
 
+def bare_backbones() -> dict[str, Callable[[Tensor], object]]:
+    """The pretrained network up to layer3, run in the three ways that PyTorch offers."""
+
+    def network() -> nn.Module:
+        config = preset("fast")
+        whole = build_backbone(config.backbone, find_weights(config.backbone))
+        last = config.layers[-1]
+        return create_feature_extractor(whole, {last: last}).eval().to(DEVICE)
+
+    plain, last = network(), network().to(memory_format=torch.channels_last)
+    compiled = torch.compile(network().to(memory_format=torch.channels_last))
+
+    def turned(run: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+        return lambda images: run(images.contiguous(memory_format=torch.channels_last))
+
+    return {"eager": plain, "channels_last": turned(last), "compiled": turned(compiled)}
+
+
 @torch.inference_mode()
 def inference(_: Path | None) -> dict[str, Any]:
-    """Image in, map and score out, over the bare backbone up to the last layer in use."""
+    """Image in, map and score out, over the bare backbone: plain, compiled, ONNX Runtime."""
+    import onnxruntime
+
     model = new_model()
     detector = Detector(model).to(DEVICE).eval()
+    compiled = torch.compile(detector)
+    bare = bare_backbones()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        import onnxruntime
-
         file = Path(folder) / "model.onnx"
         export_onnx(model, file)
         model.to(DEVICE)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for batch in (1, 8):
             pixels = torch.rand(batch, 3, model.config.crop, model.config.crop, device=DEVICE)
-            last = pixels.contiguous(memory_format=torch.channels_last)
             on_host = pixels.cpu().numpy()
-            bare, ours, onnx = alternating(
-                lambda last=last: model.features.extractor(last),
-                lambda pixels=pixels: detector(pixels),
-                lambda on_host=on_host: session.run(None, {"pixels": on_host}),
-            )
+            works: dict[str, Callable[[], object]] = {
+                f"bare_{name}": functools.partial(run, pixels) for name, run in bare.items()
+            }
+            works["ours"] = functools.partial(detector, pixels)
+            works["ours_compiled"] = functools.partial(compiled, pixels)
+            works["onnxruntime_cpu"] = functools.partial(session.run, None, {"pixels": on_host})
+            taken = dict(zip(works, alternating(*works.values()), strict=True))
+            eager = min(taken["bare_eager"], taken["bare_channels_last"])
+            best = min(eager, taken["bare_compiled"])
             found[f"batch_{batch}"] = {
-                "bare_backbone_ms": 1000 * bare / batch,
-                "ours_ms": 1000 * ours / batch,
-                "onnxruntime_cpu_ms": 1000 * onnx / batch,
-                "ratio": ours / bare,
-                "ratio_onnxruntime": onnx / bare,
-                "images_per_second": batch / ours,
+                "ms_an_image": {name: 1000 * value / batch for name, value in taken.items()},
+                "ratio_to_eager": taken["ours"] / eager,
+                "ratio_to_best": taken["ours"] / best,
+                "ratio_compiled_to_best": taken["ours_compiled"] / best,
+                "ratio_onnxruntime_to_best": taken["onnxruntime_cpu"] / best,
+                "images_per_second": batch / taken["ours"],
             }
     return found
+
+
+def pages(_: Path | None) -> dict[str, Any]:
+    """Features of 32 images with large memory pages, which the command asks for, and without."""
+    code = (
+        "import time, torch\n"
+        "from simplenet_lib.config import preset\n"
+        "from simplenet_lib.model import SimpleNet\n"
+        "from simplenet_lib.weights import find_weights\n"
+        "model = SimpleNet(preset('fast'), find_weights('resnet50'))\n"
+        "images = torch.rand(8, 3, 320, 320)\n"
+        "model.features(images)\n"
+        "start = time.perf_counter()\n"
+        "for _ in range(4):\n"
+        "    model.features(images)\n"
+        "print(time.perf_counter() - start)\n"
+    )
+    taken: dict[str, list[float]] = {"1": [], "0": []}
+    for _round in range(3):
+        for large, column in taken.items():
+            column.append(float(run_python(code, THP_MEM_ALLOC_ENABLE=large)))
+    with_pages, without = (statistics.median(column) for column in taken.values())
+    return {
+        "seconds_with": with_pages,
+        "seconds_without": without,
+        "ratio": with_pages / without,
+    }
 
 
 def metrics(_: Path | None) -> dict[str, Any]:
@@ -167,7 +220,7 @@ def imports(_: Path | None) -> dict[str, Any]:
 
 def memory(_: Path | None) -> dict[str, Any]:
     """Peak memory and speed of training on few and on many photos of 64 px."""
-    peaks: dict[int, tuple[float, float]] = {}
+    peaks: dict[int, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for index in range(10_000):
@@ -175,61 +228,102 @@ def memory(_: Path | None) -> dict[str, Any]:
             Image.fromarray(noise).save(Path(folder) / f"{index:05}.bmp")
         for count in (1000, 10_000):
             code = (
-                "import resource\n"
+                "import resource, sys\n"
+                "sys.path.insert(0, 'benchmarks')\n"
+                "from speed import AnonymousPeak\n"
                 "from pathlib import Path\n"
                 "from simplenet_lib.config import preset\n"
                 "from simplenet_lib.dataset import ImageFiles, make_transform, photos\n"
                 "from simplenet_lib.training import train\n"
                 f"samples = photos(Path({folder!r}))[:{count}]\n"
                 "config = preset('fast', resize=64, crop=64)\n"
-                "result = train(ImageFiles(samples, make_transform(64, 64)), config,"
+                "with AnonymousPeak() as peak:\n"
+                "    result = train(ImageFiles(samples, make_transform(64, 64)), config,"
                 " progress=False)\n"
+                "print(peak.megabytes)\n"
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)\n"
                 "print(result.seconds_features)\n"
             )
             with fresh_cache():
-                lines = run_python(code).split()
-            peaks[count] = float(lines[0]), float(lines[1])
+                peaks[count] = [float(line) for line in run_python(code).split()]
     few, many = peaks[1000], peaks[10_000]
     return {
-        "peak_mb": {str(count): peak for count, (peak, _) in peaks.items()},
-        "mb_per_image": (many[0] - few[0]) / 9000,
-        "images_per_second": {"1000": 1000 / few[1], "10000": 10_000 / many[1]},
+        "anonymous_peak_mb": {"1000": few[0], "10000": many[0]},
+        "anonymous_mb_per_image": (many[0] - few[0]) / 9000,
+        "resident_peak_mb_with_mapped_cache": {"1000": few[1], "10000": many[1]},
+        "cache_mb_per_image": 2 * 8 * 8 * 1536 / 1e6,
+        "images_per_second": {"1000": 1000 / few[2], "10000": 10_000 / many[2]},
     }
 
 
+@torch.inference_mode()
 def loading(_: Path | None) -> dict[str, Any]:
-    """Share of a feature pass in which the backbone waits for images of 900x900."""
+    """Share of a feature pass that the backbone spends waiting for photos of 900x900."""
     model = new_model()
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
-        for index in range(32):
+        for index in range(160):
             coarse = rng.integers(0, 256, (90, 90, 3), dtype=np.uint8)
             image = Image.fromarray(coarse).resize((900, 900), Image.Resampling.BICUBIC)
-            image.save(Path(folder) / f"{index:02}.png")
+            image.save(Path(folder) / f"{index:03}.png")
         files = ImageFiles(photos(Path(folder)), make_transform(320, 320))
-        batches = [batch["image"].to(DEVICE) for batch in DataLoader(files, FEATURE_BATCH)]
+        images = torch.stack([files[index]["image"] for index in range(len(files))])
+        loaded = images.split(FEATURE_BATCH)
+        model.features(loaded[0].to(DEVICE))
+        alone = seconds(lambda: [model.features(batch.to(DEVICE)) for batch in loaded])
+        waited, start = 0.0, time.perf_counter()
+        reading = batches(files)
+        while True:
+            asked = time.perf_counter()
+            batch = next(reading, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            seconds(functools.partial(model.features, batch["image"].to(DEVICE)))
+        whole = time.perf_counter() - start
+        reading_alone = seconds(lambda: [files[index] for index in range(len(files))])
+    return {
+        "backbone_alone_seconds": alone,
+        "reading_alone_seconds": reading_alone,
+        "whole_seconds": whole,
+        "idle_share": waited / whole,
+        "whole_over_backbone": whole / alone,
+    }
 
-        def backbone_alone() -> None:
-            for batch in batches:
-                model.features(batch)
 
-        def with_loading() -> None:
-            for batch in DataLoader(files, FEATURE_BATCH):
-                model.features(batch["image"].to(DEVICE))
+class AnonymousPeak:
+    """Highest anonymous memory of this process: what the system cannot take back by itself.
 
-        alone, whole = alternating(backbone_alone, with_loading, rounds=3)
-    return {"backbone_seconds": alone, "whole_seconds": whole, "idle_share": 1 - alone / whole}
+    The pages of a mapped file count as resident, too, but are given back when
+    memory is short. Linux only.
+    """
+
+    def __enter__(self) -> AnonymousPeak:
+        self.megabytes, self.stopped = 0.0, threading.Event()
+        self.watcher = threading.Thread(target=self._watch)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.watcher.join()
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(0.05):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            size = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            self.megabytes = max(self.megabytes, size / 1000)
 
 
-def bare_pass(extractor: FrozenFeatures, images: torch.Tensor) -> dict[str, float]:
-    """Seconds of one pass of ``images`` through the backbone, eager and channels last."""
-    batches = images.split(FEATURE_BATCH)
-    last = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+def bare_pass(images: Tensor) -> dict[str, float]:
+    """Seconds of one pass of ``images`` through the bare backbone, in each way."""
+    parts = images.split(FEATURE_BATCH)
+    found = {}
     with torch.inference_mode():
-        plain = seconds(lambda: [extractor.extractor(batch) for batch in batches])
-        turned = seconds(lambda: [extractor.extractor(batch) for batch in last])
-    return {"eager": plain, "channels_last": turned}
+        for name, run in bare_backbones().items():
+            run(parts[0]), run(parts[-1])  # compiled, and first calls are slow
+            found[name] = seconds(functools.partial(lambda run: [run(part) for part in parts], run))
+    return found
 
 
 @functools.cache  # `recipe` compares with it
@@ -239,11 +333,9 @@ def quality(folder: Path | None) -> dict[str, Any]:
     config = preset("fast")
     transform = make_transform(config.resize, config.crop)
     splits = [AnomalyDataset(folder.parent, folder.name, s, transform) for s in ("train", "test")]
-    model = new_model()
     images = torch.stack([split[index]["image"] for split in splits for index in range(len(split))])
-    model.features(images[:8].to(DEVICE))  # first calls are slow
-    bare = bare_pass(model.features, images.to(DEVICE))
-    del images, model
+    bare = bare_pass(images.to(DEVICE))
+    del images
     gc.collect()
     with fresh_cache():
         start = time.perf_counter()
@@ -259,6 +351,7 @@ def quality(folder: Path | None) -> dict[str, Any]:
         "whole_seconds": end - start,
         "image_auroc": found["image_auroc"],
         "ratio": (end - start) / min(bare.values()),
+        "ratio_to_eager": (end - start) / min(bare["eager"], bare["channels_last"]),
     }
 
 
@@ -294,13 +387,15 @@ def recipe(folder: Path | None) -> dict[str, Any]:
     }
 
 
-def run_python(code: str) -> str:
+def run_python(code: str, **environment: str) -> str:
     """What a new interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
     return done.stdout
 
 
-ALL = (imports, inference, metrics, loading, memory, quality, recipe)
+ALL = (imports, pages, inference, metrics, loading, memory, quality, recipe)
 
 
 def main() -> None:
@@ -310,6 +405,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
     for work in ALL:
         name = work.__name__
         if name not in (arguments.names or [w.__name__ for w in ALL]):

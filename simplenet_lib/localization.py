@@ -10,12 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample
-from simplenet_lib.features import FEATURE_BATCH
+from simplenet_lib.features import batches
 from simplenet_lib.metrics import image_metrics, pixel_metrics
 from simplenet_lib.model import SimpleNet
 
@@ -130,9 +129,8 @@ def predict(
     model.eval()
     config = model.config
     device = next(model.parameters()).device
-    loader = DataLoader(dataset, batch_size=FEATURE_BATCH)
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
-        for batch in loader:
+        for batch in batches(dataset):
             scores = model(batch["image"].to(device))
             maps = anomaly_map(scores, config.crop, config.smoothing).cpu()
             for index, map_, score, mask in zip(

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from simplenet_lib import cli, training
 from simplenet_lib.cli import app
 from simplenet_lib.config import PRESETS, preset
-from simplenet_lib.dataset import ImageFiles, Sample, make_transform
+from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample, make_transform
 from simplenet_lib.localization import predict
 from simplenet_lib.model import SimpleNet
 from simplenet_lib.synthetic import generate
@@ -155,6 +155,21 @@ def test_same_seed_same_model_and_the_seed_is_recorded(
     output = tmp_path / "runs" / "cloth-fast-4"
     assert json.loads((output / "metrics.json").read_text())["seed"] == 4
     assert (output / "model.safetensors").read_bytes() != again
+
+
+def test_verdicts_do_not_hang_on_the_number_of_threads(trained: Path, pristine: Path) -> None:
+    """Sums are added in another order, so scores may differ in their last digits."""
+    model = SimpleNet.load(trained / "model.safetensors")
+    transform = make_transform(model.config.resize, model.config.crop)
+    images = AnomalyDataset(pristine, "cloth", "test", transform)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(list(predict(model, images, progress=False)))
+    torch.set_num_threads(1)
+    one, two = found
+    assert [p.anomalous for p in one] == [p.anomalous for p in two]
+    assert [p.score for p in one] == pytest.approx([p.score for p in two], abs=1e-4)
 
 
 def test_train_without_masks_and_without_test_images(data: Path) -> None:
@@ -561,6 +576,22 @@ def test_ctrl_c_and_the_same_command_give_the_same_model(data: Path) -> None:
     simplenet("train", "--data", data, "--output", "undisturbed", *steps)
     resumed = Path("run/model.safetensors").read_bytes()
     assert resumed == Path("undisturbed/model.safetensors").read_bytes()
+
+
+def test_two_trainings_in_one_folder_at_once_end_like_one(data: Path) -> None:
+    changes = ("steps=300", "batch_size=16", "adaptor_channels=8", "hidden_channels=8")
+    steps = [*SET, *(part for change in changes for part in ("--set", change))]
+    command = ["train", "--data", str(data), "--output", "run", *steps]
+    program = [sys.executable, "-m", "simplenet_lib.cli", *command]
+    both = [subprocess.Popen(program, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+    simplenet("train", "--data", data, "--output", "alone", *steps)
+    names = {path.name for path in Path("alone").iterdir()}
+    assert {path.name for path in Path("run").iterdir()} == names
+    alone = Path("alone/model.safetensors").read_bytes()
+    assert Path("run/model.safetensors").read_bytes() == alone
 
 
 # Help ---------------------------------------------------------------------------------

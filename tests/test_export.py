@@ -18,11 +18,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def model() -> SimpleNet:
-    """A detector as `fast` has it, three layers and all, on random weights."""
+    """A detector with all that the graph can hold: three layers, a neighbourhood, a crop."""
     torch.manual_seed(0)
     state = resnet18().state_dict()
     weights = Weights(state, "a test", digest_of(state, "conv2"), "conv2")
-    config = preset("fast", backbone="resnet18", resize=80, crop=64)
+    layers = ("layer2", "layer1", "layer3")
+    config = preset("fast", backbone="resnet18", layers=layers, neighbourhood=3, resize=80, crop=64)
     result = SimpleNet(config, weights).eval()
     result.threshold, result.typical, result.background = 1.5, 0.25, 0.75
     result.head.standardise.mean.uniform_(-1, 1)

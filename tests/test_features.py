@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from torchvision import models
 from simplenet_lib import features
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.dataset import ImageFiles, Sample, make_transform
-from simplenet_lib.features import FrozenFeatures, Standardise, build_backbone, cached_features
+from simplenet_lib.features import (
+    FEATURE_BATCH,
+    FrozenFeatures,
+    Standardise,
+    batches,
+    build_backbone,
+    cached_features,
+)
 from simplenet_lib.weights import Weights, digest_of
 
 LAYERS = ("layer2", "layer3")
@@ -150,7 +158,8 @@ def test_neighbourhood_comes_before_resizing(weights):
     check_close(found[..., 0, 0], expected)
 
 
-def test_nothing_is_trained_and_train_mode_wakes_no_batchnorm(weights):
+def test_nothing_is_trained_and_training_mode_changes_nothing(weights):
+    pretrained = {name: tensor.clone() for name, tensor in weights.state.items()}
     frozen = FrozenFeatures("resnet18", LAYERS, weights)
     whole = nn.Sequential(frozen, nn.Conv2d(384, 4, 1))
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
@@ -162,13 +171,13 @@ def test_nothing_is_trained_and_train_mode_wakes_no_batchnorm(weights):
         awake = frozen(pictures(4))
         whole(pictures(4)).sum().backward()
     assert torch.equal(asleep, awake) and not awake.requires_grad
-    assert not any(module.training for module in frozen.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
     assert whole[1].training and whole[1].weight.grad is not None
     after = frozen.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    # And the weights it was built from are a copy.
-    assert torch.equal(weights.state["bn1.running_mean"], before["extractor.bn1.running_mean"])
+    # And the weights it was built from are as they were.
+    assert all(torch.equal(weights.state[name], tensor) for name, tensor in pretrained.items())
 
 
 def test_an_image_has_the_same_features_in_any_batch(extractor):
@@ -303,6 +312,45 @@ def write_images(folder: Path, count: int, seed: int = 0) -> ImageFiles:
 @pytest.fixture
 def dataset(tmp_path) -> ImageFiles:
     return write_images(tmp_path / "images", 11)  # one full batch, and a rest
+
+
+class Watched(ImageFiles):
+    """Images that tell when the second batch has been read."""
+
+    def __init__(self, images: ImageFiles) -> None:
+        super().__init__(images.samples, images.transform)
+        self.second_batch = threading.Event()
+
+    def __getitem__(self, index: int):
+        item = super().__getitem__(index)
+        if index == min(len(self), 2 * FEATURE_BATCH) - 1:
+            self.second_batch.set()
+        return item
+
+
+def test_batches_come_in_order_and_are_read_ahead(dataset):
+    watched = Watched(dataset)
+    found = []
+    for batch in batches(watched):
+        assert watched.second_batch.wait(timeout=30)  # while the first one is still in use
+        found.append(batch)
+    assert torch.cat([batch["index"] for batch in found]).tolist() == list(range(11))
+    expected = torch.stack([dataset[index]["image"] for index in range(11)])
+    assert torch.equal(torch.cat([batch["image"] for batch in found]), expected)
+
+
+def test_batches_leave_no_thread_behind(dataset):
+    before = threading.active_count()
+    stopped_early = batches(dataset)
+    next(stopped_early)
+    stopped_early.close()
+    assert threading.active_count() == before
+    dataset.samples[9].image.write_bytes(b"no image")
+    reading = batches(dataset)
+    assert len(next(reading)["image"]) == FEATURE_BATCH
+    with pytest.raises(SimpleNetError, match="not a readable image"):
+        next(reading)
+    assert threading.active_count() == before
 
 
 def cached(extractor: nn.Module, dataset: ImageFiles, key: str = "key") -> np.ndarray:

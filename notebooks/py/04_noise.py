@@ -269,7 +269,7 @@ print("OK: moments, length, generator, type and gradient are as they should be")
 # is normal, and positions of the other 10 as new normal vectors.
 
 # %% tags=["nbval-ignore-output"]
-CONFIG = preset("fast", layers=("layer2", "layer3"), neighbourhood=1, resize=256, crop=256)
+CONFIG = preset("fast", resize=256, crop=256, adaptor_channels=512, hidden_channels=512)
 data = generate(cache_folder() / "synthetic")
 transform = make_transform(256, 256)
 train = AnomalyDataset(data, "nut", "train", transform)

@@ -376,7 +376,7 @@ print("OK: nearly all normal points are recognised, and most of the noisy ones")
 data = generate(cache_folder() / "synthetic")
 normal_images = AnomalyDataset(data, "nut", "train", make_transform(256, 256))
 test_images = AnomalyDataset(data, "nut", "test", make_transform(256, 256))
-config = preset("fast", layers=("layer2", "layer3"), neighbourhood=1, resize=256, crop=256)
+config = preset("fast", resize=256, crop=256)
 model = SimpleNet(config, find_weights("resnet50"))
 features = cached_features(model.features, normal_images, model.feature_key(), progress=False)
 

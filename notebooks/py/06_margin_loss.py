@@ -319,15 +319,7 @@ transform = make_transform(256, 256)
 images = AnomalyDataset(data, "nut", "train", transform)
 test_images = AnomalyDataset(data, "nut", "test", transform)
 
-CONFIG = preset(
-    "fast",
-    layers=("layer2", "layer3"),
-    neighbourhood=1,
-    resize=256,
-    crop=256,
-    adaptor_channels=256,
-    hidden_channels=256,
-)
+CONFIG = preset("fast", resize=256, crop=256)
 model = SimpleNet(CONFIG, find_weights("resnet50"))
 key = model.feature_key()
 features = cached_features(model.features, images, key, progress=False)
@@ -344,8 +336,8 @@ standardise.fit(features, range(len(features)))
 # `Head` is the library's bundle of what you built in chapters 2 to 5:
 # {term}`standardisation`, {term}`adaptor`, noise and {term}`discriminator`; its `normal_and_noisy`
 # returns the two tensors of scores. Every step draws 1,024 positions from all images, computes a
-# loss and lets Adam take a step. To keep it short, adapted features and hidden layer are 256 wide
-# here, half the usual width. Chapter 7 builds `Head` and a better loop.
+# loss and lets Adam take a step. Adapted features and hidden layer are 256 wide, the library's
+# default. Chapter 7 builds `Head` and a better loop.
 #
 # The loop keeps the loss and the two shares beyond the margin in the library's `History`, and the
 # gap between the mean normal and the mean noisy score.

@@ -577,8 +577,7 @@ weights = find_weights("resnet50")
 data = generate(cache_folder() / "synthetic")
 
 # %%
-LAYERS = ("layer2", "layer3")
-CONFIG = preset("fast", layers=LAYERS, neighbourhood=1, resize=256, crop=256, batch_size=1024)
+CONFIG = preset("fast", resize=256, crop=256, batch_size=1024)
 transform = make_transform(256, 256)
 normal = AnomalyDataset(data, "nut", "train", transform)
 trained = train(normal, CONFIG, progress=False)

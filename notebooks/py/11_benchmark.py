@@ -594,22 +594,14 @@ print("OK: ten looks a training; no gain is negative")
 # split the test set in two halves: choose the step on one half, and measure *that* step on the
 # other.
 #
-# The settings are those of chapter 8, with small batches and a head half as wide, to save time.
+# The settings are those of chapter 8, with small batches, to save time.
 
 # %% tags=["nbval-ignore-output"]
 weights = find_weights("resnet50")
 data = generate(cache_folder() / "synthetic")
 
 # %%
-CONFIG = preset(
-    "fast",
-    layers=("layer2", "layer3"),
-    neighbourhood=1,
-    resize=256,
-    crop=256,
-    adaptor_channels=256,
-    hidden_channels=256,
-)
+CONFIG = preset("fast", resize=256, crop=256)
 transform = make_transform(256, 256)
 normal, test = (AnomalyDataset(data, "nut", split, transform) for split in ("train", "test"))
 labels = np.array([sample.label for sample in test.samples])

@@ -274,9 +274,7 @@ class Detector(nn.Module):
 # their contents, not by their names.
 
 # %%
-CONFIG = preset(
-    "fast", layers=("layer2", "layer3"), neighbourhood=1, resize=256, crop=256, batch_size=512
-)
+CONFIG = preset("fast", resize=256, crop=256, batch_size=512)
 trained = train(nuts, CONFIG, progress=False)
 model = trained.model
 model.save(here / "nut-model" / "model.safetensors")

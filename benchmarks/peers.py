@@ -1,0 +1,264 @@
+"""SimpleNet beside detectors of anomalib: same machine, same images, same backbone.
+
+    python benchmarks/peers.py ROOT/CATEGORY [NAME ...] [--environment FOLDER]
+
+NAME is a key of DETECTORS; all of them without one. anomalib is installed into an
+environment of its own, a temporary one unless FOLDER is given. Every detector runs in
+a process of its own, with batches of eight, images of 320 px and, where it can take one,
+the same ResNet-50. anomalib's networks are driven by plain loops: no time is lost in its
+trainer. What would take hours is worked out from a measured part, and says so. Writes
+``results/bench/peers.json``. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OUTPUT = Path("results/bench/peers.json")
+PACKAGES = ("anomalib==2.7.0", "torch==2.15.0", "torchvision==0.29.2")
+SIDE = 320
+
+
+class Data:
+    """Both splits of a category as batches, read from disk each time they are asked for."""
+
+    def __init__(self, folder: Path, batch: int = 8) -> None:
+        from torch.utils.data import DataLoader
+
+        from simplenet_lib.dataset import AnomalyDataset, make_transform
+
+        self.transform = make_transform(SIDE, SIDE)
+        self.normal, self.test = (
+            AnomalyDataset(folder.parent, folder.name, split, self.transform)
+            for split in ("train", "test")
+        )
+        self.batches = DataLoader(self.normal, batch)
+
+
+def backbone() -> Any:
+    """The ResNet-50 that this library uses, as a module."""
+    from simplenet_lib.features import build_backbone
+    from simplenet_lib.weights import find_weights
+
+    return build_backbone("resnet50", find_weights("resnet50")).eval()
+
+
+def simplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """Preset ``fast`` of this library."""
+    from simplenet_lib.config import preset
+    from simplenet_lib.localization import anomaly_map, image_score
+    from simplenet_lib.training import train
+
+    config = preset("fast")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["SIMPLENET_CACHE"] = cache
+        model = train(data.normal, config, progress=False).model
+
+    def detect(images: Any) -> Any:
+        maps = anomaly_map(model(images), config.crop, config.smoothing)
+        return image_score(maps), maps
+
+    return detect, {"train_seconds": time.perf_counter() - start}
+
+
+def patchcore(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """PatchCore with a memory of 1%; anomalib's default of 10% is worked out from it."""
+    import torch
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+    start = time.perf_counter()
+    model = PatchcoreModel(layers=("layer2", "layer3"), backbone=backbone())
+    model.train()
+    with torch.inference_mode():
+        for batch in data.batches:
+            model(batch["image"])
+        collected = time.perf_counter()
+        model.subsample_embedding(0.01)
+        chosen = time.perf_counter()
+    model.eval()
+    found = {
+        "train_seconds": chosen - start,
+        "note": "memory of 1% of the vectors",
+        "train_seconds_of_the_default_worked_out": collected - start + 10 * (chosen - collected),
+    }
+    return lambda images: model(images), found
+
+
+def padim(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """PaDiM with 100 channels, what anomalib takes of a ResNet-18."""
+    import torch
+    from anomalib.models.image.padim.torch_model import PadimModel
+
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    model = PadimModel(backbone(), ["layer1", "layer2", "layer3"], n_features=100)
+    model.train()
+    with torch.inference_mode():
+        for batch in data.batches:
+            model(batch["image"])
+        model.fit()
+    model.eval()
+    found = {"train_seconds": time.perf_counter() - start, "note": "100 channels of ResNet-50"}
+    return lambda images: model(images), found
+
+
+def supersimplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """SuperSimpleNet: two measured steps, 300 epochs worked out; its score is not measured."""
+    import torch
+    from anomalib.models.image.supersimplenet.loss import SSNLoss
+    from anomalib.models.image.supersimplenet.torch_model import SupersimplenetModel
+
+    torch.manual_seed(0)
+    model = SupersimplenetModel(backbone=backbone(), layers=["layer2", "layer3"])
+    loss_of = SSNLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    batch = next(iter(data.batches))
+    count = len(batch["image"])
+    model.train()
+
+    def step() -> None:
+        masks, labels = torch.zeros(count, SIDE, SIDE), torch.zeros(count)
+        loss = loss_of(*model(batch["image"], masks, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return lambda images: model(images), worked_out(model, step, 300 * len(data.batches))
+
+
+def efficientad(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """EfficientAD: measured steps of one image, 70,000 worked out; its score is not measured.
+
+    Its teacher's weights and ImageNette come from addresses of their own. The teacher is
+    random here, which takes the same time.
+    """
+    import torch
+    from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
+
+    model = EfficientAdModel()
+    trained = [*model.student.parameters(), *model.ae.parameters()]
+    optimizer = torch.optim.Adam(trained, lr=1e-4, weight_decay=1e-5)
+    image = data.normal[0]["image"][None]
+    for name, like in (("mean", torch.zeros_like), ("std", torch.ones_like)):
+        model.mean_std[name].data = like(model.mean_std[name])
+    model.train()
+
+    def step() -> None:
+        loss = sum(model(image, image))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return lambda images: model(images), worked_out(model, step, 70_000)
+
+
+def worked_out(model: Any, step: Callable[[], None], steps: int) -> dict[str, Any]:
+    """Time of a training of so many steps, from three of them."""
+    step()
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    model.eval()
+    one = statistics.median(taken)
+    return {
+        "train_seconds": one * steps,
+        "note": f"training worked out: {steps:,} steps of {one:.1f} s",
+        "untrained": True,
+    }
+
+
+DETECTORS = {
+    work.__name__: work for work in (simplenet, padim, patchcore, supersimplenet, efficientad)
+}
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Train one detector and apply it to every test image, one at a time."""
+    import numpy as np
+    import torch
+
+    from simplenet_lib.metrics import image_metrics, pixel_metrics
+
+    data = Data(folder)
+    detect, found = DETECTORS[name](data)
+    scores, maps, masks, seconds = [], [], [], []
+    images = range(3) if found.pop("untrained", False) else range(len(data.test))
+    with torch.inference_mode():
+        detect(data.test[0]["image"][None])
+        for index in images:
+            item = data.test[index]
+            start = time.perf_counter()
+            result = detect(item["image"][None])
+            seconds.append(time.perf_counter() - start)
+            score, map_ = (
+                result
+                if isinstance(result, tuple) and len(result) == 2
+                else (
+                    result.pred_score,
+                    result.anomaly_map,
+                )
+            )
+            scores.append(float(score.flatten()[0]))
+            maps.append(map_.reshape(SIDE, SIDE).float().numpy())
+            masks.append(item["mask"].numpy())
+    if len(scores) == len(data.test):
+        labels = np.array([sample.label for sample in data.test.samples])
+        found |= image_metrics(labels, np.array(scores)) | pixel_metrics(masks, maps)
+    found["image_ms"] = 1000 * statistics.median(seconds)
+    found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return found
+
+
+def install(environment: Path) -> Path:
+    """An environment with anomalib and this library; its interpreter."""
+    python = environment / "bin" / "python"
+    if not python.is_file():
+        venv.create(environment, with_pip=True)
+    root = Path(__file__).parents[1]
+    command = [python, "-m", "pip", "install", "--quiet", "--editable", root, *PACKAGES]
+    subprocess.run(command, check=True)
+    return python
+
+
+def main() -> None:
+    """Measure the named detectors, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", choices=[[], *DETECTORS])
+    parser.add_argument("--environment", type=Path)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.names[0], arguments.folder)))
+        return
+    report: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        python = install(arguments.environment or Path(temporary))
+        for name in arguments.names or DETECTORS:
+            command = [python, __file__, str(arguments.folder), name, "--measure"]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            report[name] = json.loads(done.stdout.splitlines()[-1])
+            print(name, report[name])
+            report["images"] = f"{arguments.folder.name}, {SIDE} px"
+            report["packages"] = PACKAGES
+            report["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+            OUTPUT.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
