@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py ROOT/CATEGORY [NAME ...] [--environment FOLDER]
 
-NAME is a key of DETECTORS; all of them without one. anomalib is installed into an
+NAME is a key of DETECTORS or METRICS; all of them without one. anomalib is installed into an
 environment of its own, a temporary one unless FOLDER is given. Every detector runs in
 a process of its own, with batches of eight, images of 320 px and, where it can take one,
 the same ResNet-50. anomalib's networks are driven by plain loops: no time is lost in its
@@ -13,6 +13,7 @@ trainer. What would take hours is worked out from a measured part, and says so. 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -94,7 +95,7 @@ def patchcore(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         "note": "memory of 1% of the vectors",
         "train_seconds_of_the_default_worked_out": collected - start + 10 * (chosen - collected),
     }
-    return lambda images: model(images), found
+    return scored(model), found
 
 
 def padim(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
@@ -112,7 +113,7 @@ def padim(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         model.fit()
     model.eval()
     found = {"train_seconds": time.perf_counter() - start, "note": "100 channels of ResNet-50"}
-    return lambda images: model(images), found
+    return scored(model), found
 
 
 def supersimplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
@@ -136,7 +137,7 @@ def supersimplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         loss.backward()
         optimizer.step()
 
-    return lambda images: model(images), worked_out(model, step, 300 * len(data.batches))
+    return scored(model), worked_out(model, step, 300 * len(data.batches))
 
 
 def efficientad(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
@@ -162,7 +163,17 @@ def efficientad(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
         loss.backward()
         optimizer.step()
 
-    return lambda images: model(images), worked_out(model, step, 70_000)
+    return scored(model), worked_out(model, step, 70_000)
+
+
+def scored(model: Any) -> Callable[[Any], Any]:
+    """Score and map of an image, from a network of anomalib."""
+
+    def detect(images: Any) -> Any:
+        result = model(images)
+        return result.pred_score, result.anomaly_map
+
+    return detect
 
 
 def worked_out(model: Any, step: Callable[[], None], steps: int) -> dict[str, Any]:
@@ -203,16 +214,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         for index in images:
             item = data.test[index]
             start = time.perf_counter()
-            result = detect(item["image"][None])
+            score, map_ = detect(item["image"][None])
             seconds.append(time.perf_counter() - start)
-            score, map_ = (
-                result
-                if isinstance(result, tuple) and len(result) == 2
-                else (
-                    result.pred_score,
-                    result.anomaly_map,
-                )
-            )
             scores.append(float(score.flatten()[0]))
             maps.append(map_.reshape(SIDE, SIDE).float().numpy())
             masks.append(item["mask"].numpy())
@@ -222,6 +225,45 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     found["image_ms"] = 1000 * statistics.median(seconds)
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return found
+
+
+def metrics(name: str) -> dict[str, Any]:
+    """Pixel AUROC and AUPRO of 83 maps of 900x900: this library, or torchmetrics and anomalib."""
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(0)
+    masks = np.zeros((83, 900, 900), dtype=bool)
+    for index in range(20, 83):
+        y, x = rng.integers(0, 800, 2)
+        masks[index, y : y + 60, x : x + 90] = True
+    maps = rng.standard_normal(masks.shape, dtype=np.float32) + masks
+    if name == "ours":
+        from simplenet_lib.metrics import pixel_metrics
+
+        start = time.perf_counter()
+        found = pixel_metrics(list(masks), list(maps))
+        auroc, aupro = found["pixel_auroc"], found["aupro"]
+    else:
+        from anomalib.metrics.aupro import _AUPRO
+        from torchmetrics.classification import BinaryAUROC
+
+        scores, truth = torch.from_numpy(maps.astype(np.float32)), torch.from_numpy(masks).int()
+        start = time.perf_counter()
+        area, overlap = BinaryAUROC(thresholds=None), _AUPRO(fpr_limit=0.3)
+        area.update(scores.flatten(), truth.flatten())
+        auroc = float(area.compute())
+        overlap.update(scores, truth)
+        aupro = float(overlap.compute())
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"seconds": seconds, "peak_gb": peak, "pixel_auroc": auroc, "aupro": aupro}
+
+
+METRICS = {
+    "metrics of this library": lambda _: metrics("ours"),
+    "metrics of torchmetrics and anomalib": lambda _: metrics("theirs"),
+}
 
 
 def install(environment: Path) -> Path:
@@ -239,19 +281,24 @@ def main() -> None:
     """Measure the named detectors, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", choices=[[], *DETECTORS])
+    parser.add_argument("names", nargs="*", choices=[[], *DETECTORS, *METRICS])
     parser.add_argument("--environment", type=Path)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.names[0], arguments.folder)))
+        (name,) = arguments.names
+        work = METRICS[name] if name in METRICS else functools.partial(measure, name)
+        print(json.dumps(work(arguments.folder)))
         return
     report: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         python = install(arguments.environment or Path(temporary))
-        for name in arguments.names or DETECTORS:
+        for name in arguments.names or (*DETECTORS, *METRICS):
             command = [python, __file__, str(arguments.folder), name, "--measure"]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as our command does
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=variables
+            )
             report[name] = json.loads(done.stdout.splitlines()[-1])
             print(name, report[name])
             report["images"] = f"{arguments.folder.name}, {SIDE} px"

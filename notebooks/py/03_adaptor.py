@@ -148,7 +148,7 @@ plt.show()
 #
 # Predict the shapes before you go on. A batch of `(N, 1536, 32, 32)` features meets a $W$ of shape
 # `(512, 1536)`. The grid is untouched, so the output is `(N, 512, 32, 32)`. These 512 channels are
-# those of the course report; the library's default has 256, which chapter 10 finds as good.
+# those of the course report; the library's default has 256, and chapter 10 compares the two.
 
 # %% [markdown]
 # ## Build it

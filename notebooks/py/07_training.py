@@ -746,7 +746,7 @@ print(f"last loss {fooled_history.loss[-5:].mean():.2f}")
 print(f"positions scored as normal, features as in training:  {trained_on:.0%}")
 print(f"positions scored as normal, features as at inference: {at_inference:.0%}")
 
-# %% mystnb={"image": {"alt": "Four small panels. Sigma 0.015: after some restless steps the loss stays at 1, both shares at 0. Sigma 0.5: the loss falls slowly, the shares rise late. Sigma 8: about halfway the loss is at 0 and both shares are at 1. Fourth: the change of one image's features in four batches, zero in evaluation mode and, from the second batch on, clearly above zero in training mode."}, "figure": {"caption": "Three trainings of 60 steps, and the features of one image in four batches, each compared with the first batch.", "name": "fig-training-failures"}}
+# %% mystnb={"image": {"alt": "Four small panels. Sigma 0.015: after some restless steps the loss stays at 1, both shares at 0. Sigma 0.5: the loss falls slowly, the shares rise late. Sigma 8: before halfway the loss is at 0 and both shares are at 1. Fourth: the change of one image's features in four batches, zero in evaluation mode and, from the second batch on, clearly above zero in training mode."}, "figure": {"caption": "Three trainings of 60 steps, and the features of one image in four batches, each compared with the first batch.", "name": "fig-training-failures"}}
 figure, axes = plt.subplots(2, 2, figsize=(6.8, 4.6))
 panels = [
     ("σ = 0.015: stuck at 2m", small),
@@ -784,7 +784,7 @@ print("OK: features in training mode give a falling loss and wrong scores at inf
 # - **σ = 0.015**: after some restless steps the loss lies at $2m$ and both shares at 0. The
 #   discriminator gives everything about the same score. Give it more noise, or features of a
 #   smaller scale.
-# - **σ = 8**: the loss is at 0 and both shares at 1 about halfway. By its curves this is the best of
+# - **σ = 8**: the loss is at 0 and both shares at 1 before halfway. By its curves this is the best of
 #   the three trainings, yet it detects worse than σ = 0.5. It ended like the toy at the beginning:
 #   with the loss at 0 there is no gradient, and noise from so far away has not shown where the
 #   normal vectors end.
