@@ -282,8 +282,8 @@ print(len(nuts) - trained.held_out, "trained on,", trained.held_out, "held out")
 print("photos to compare the level with:", max(20, trained.held_out))
 
 # %% [markdown]
-# Without writing Python, the same is one command. (It uses preset `fast` with larger images and a third
-# layer; `--set` changes a setting.)
+# Without writing Python, the same is one command. (It uses preset `fast` with larger images and
+# batches; `--set` changes a setting.)
 #
 # ```bash
 # simplenet train --data good_nuts --output nut-model
