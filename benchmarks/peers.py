@@ -35,17 +35,14 @@ SIDE = 320
 class Data:
     """Both splits of a category as batches, read from disk each time they are asked for."""
 
-    def __init__(self, folder: Path, batch: int = 8) -> None:
+    def __init__(self, folder: Path) -> None:
+        from ablation import splits
         from torch.utils.data import DataLoader
 
-        from simplenet_lib.dataset import AnomalyDataset, make_transform
+        from simplenet_lib.config import preset
 
-        self.transform = make_transform(SIDE, SIDE)
-        self.normal, self.test = (
-            AnomalyDataset(folder.parent, folder.name, split, self.transform)
-            for split in ("train", "test")
-        )
-        self.batches = DataLoader(self.normal, batch)
+        self.normal, self.test = splits(folder, preset("fast", resize=SIDE, crop=SIDE))
+        self.batches = DataLoader(self.normal, batch_size=8)
 
 
 def backbone() -> Any:
@@ -117,7 +114,7 @@ def padim(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
 
 
 def supersimplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
-    """SuperSimpleNet: two measured steps, 300 epochs worked out; its score is not measured."""
+    """SuperSimpleNet: a few measured steps, 300 epochs worked out; its score is not measured."""
     import torch
     from anomalib.models.image.supersimplenet.loss import SSNLoss
     from anomalib.models.image.supersimplenet.torch_model import SupersimplenetModel
@@ -227,17 +224,23 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def metrics(name: str) -> dict[str, Any]:
-    """Pixel AUROC and AUPRO of 83 maps of 900x900: this library, or torchmetrics and anomalib."""
+def marked_maps() -> tuple[Any, Any]:
+    """Masks of 83 images of 900x900, 63 with one defect, and maps that find it to some degree."""
     import numpy as np
-    import torch
 
     rng = np.random.default_rng(0)
     masks = np.zeros((83, 900, 900), dtype=bool)
     for index in range(20, 83):
         y, x = rng.integers(0, 800, 2)
         masks[index, y : y + 60, x : x + 90] = True
-    maps = rng.standard_normal(masks.shape, dtype=np.float32) + masks
+    maps = rng.standard_normal(masks.shape, dtype=np.float32)
+    maps += masks
+    return masks, maps
+
+
+def metrics(name: str) -> dict[str, Any]:
+    """Pixel AUROC and AUPRO of 83 maps of 900x900: this library, or torchmetrics and anomalib."""
+    masks, maps = marked_maps()
     if name == "ours":
         from simplenet_lib.metrics import pixel_metrics
 
@@ -245,10 +248,11 @@ def metrics(name: str) -> dict[str, Any]:
         found = pixel_metrics(list(masks), list(maps))
         auroc, aupro = found["pixel_auroc"], found["aupro"]
     else:
+        import torch
         from anomalib.metrics.aupro import _AUPRO
         from torchmetrics.classification import BinaryAUROC
 
-        scores, truth = torch.from_numpy(maps.astype(np.float32)), torch.from_numpy(masks).int()
+        scores, truth = torch.from_numpy(maps), torch.from_numpy(masks).int()
         start = time.perf_counter()
         area, overlap = BinaryAUROC(thresholds=None), _AUPRO(fpr_limit=0.3)
         area.update(scores.flatten(), truth.flatten())

@@ -28,13 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from ablation import splits
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from simplenet_lib import __version__
 from simplenet_lib.config import preset
-from simplenet_lib.dataset import AnomalyDataset, ImageFiles, make_transform, photos
+from simplenet_lib.dataset import ImageFiles, make_transform, photos
 from simplenet_lib.export import Detector, export_onnx
 from simplenet_lib.features import FEATURE_BATCH, batches, build_backbone
 from simplenet_lib.localization import evaluate
@@ -181,15 +182,11 @@ def pages(_: Path | None) -> dict[str, Any]:
 def metrics(_: Path | None) -> dict[str, Any]:
     """AUPRO, pixel AUROC and pixel AP of 83 maps of 900x900, and the memory that they need."""
     code = (
-        "import resource, sys, time, numpy as np\n"
+        "import resource, sys, time\n"
+        "sys.path.insert(0, 'benchmarks')\n"
+        "from peers import marked_maps\n"
         "from simplenet_lib.metrics import pixel_metrics\n"
-        "rng = np.random.default_rng(0)\n"
-        "masks = np.zeros((83, 900, 900), dtype=bool)\n"
-        "for index in range(20, 83):\n"
-        "    y, x = rng.integers(0, 800, 2)\n"
-        "    masks[index, y : y + 60, x : x + 90] = True\n"
-        "maps = rng.standard_normal(masks.shape, dtype=np.float32)\n"
-        "maps += masks\n"
+        "masks, maps = marked_maps()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "start = time.perf_counter()\n"
         "pixel_metrics(list(masks), list(maps))\n"
@@ -338,16 +335,15 @@ def quality(folder: Path | None) -> dict[str, Any]:
     """Everything from files to measured quality, over one bare pass of the same images."""
     assert folder is not None
     config = preset("fast")
-    transform = make_transform(config.resize, config.crop)
-    splits = [AnomalyDataset(folder.parent, folder.name, s, transform) for s in ("train", "test")]
+    both = splits(folder, config)
     with fresh_cache():
         start = time.perf_counter()
-        trained = train(splits[0], config, device=DEVICE, progress=False)
+        trained = train(both[0], config, device=DEVICE, progress=False)
         middle = time.perf_counter()
-        found, _ = evaluate(trained.model, splits[1], progress=False)
+        found, _ = evaluate(trained.model, both[1], progress=False)
         end = time.perf_counter()
     # Last, since compiled code leaves threads behind that would slow down the rest.
-    images = torch.stack([split[index]["image"] for split in splits for index in range(len(split))])
+    images = torch.stack([split[index]["image"] for split in both for index in range(len(split))])
     bare = bare_pass(images.to(DEVICE))
     return {
         "bare_backbone_seconds": bare,
@@ -369,8 +365,7 @@ def recipe(folder: Path | None) -> dict[str, Any]:
     assert folder is not None
     config = preset("paper")
     model = SimpleNet(config, find_weights(config.backbone)).to(DEVICE)
-    transform = make_transform(config.resize, config.crop)
-    normal = AnomalyDataset(folder.parent, folder.name, "train", transform)
+    normal, _ = splits(folder, config)
     batch = torch.stack([normal[index]["image"] for index in range(8)]).to(DEVICE)
     optimizer = torch.optim.Adam(model.head.parameters())
     noise = torch.Generator(DEVICE)
