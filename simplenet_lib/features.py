@@ -172,7 +172,7 @@ class Standardise(nn.Module):
         for image in images:
             vectors = torch.from_numpy(features[image].copy()).float().flatten(0, 1)
             total += vectors.sum(dim=0)
-            squares += vectors.square().sum(dim=0)
+            squares += vectors.square_().sum(dim=0)
         count = len(images) * features.shape[1] * features.shape[2]
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
@@ -285,9 +285,11 @@ def _write_features(
         ):
             for batch in batches(dataset):
                 features = extractor(batch["image"].to(device)).permute(0, 2, 3, 1)
-                values = features.half().cpu().contiguous().numpy()
-                if not np.isfinite(values).all():
+                half = features.half().cpu().contiguous()
+                # Features come from a ReLU and are never negative: the largest one says it all.
+                if not torch.isfinite(half.amax()):
                     raise SimpleNetError("the features overflow half precision: wrong weights?")
+                values = half.numpy()
                 if file.tell() == 0:
                     shape = (len(dataset), *values.shape[1:])
                     needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
@@ -295,7 +297,8 @@ def _write_features(
                         raise OSError(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
                     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
-                file.write(values.data)
+                for image in values:  # Linux writes a whole batch at once five times slower
+                    file.write(image.data)
                 bar.update(len(values))
             file.flush()
             os.fsync(file.fileno())
