@@ -119,7 +119,6 @@ def inference(_: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         export_onnx(model, file)
-        model.to(DEVICE)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for batch in (8, 1):
             pixels = torch.rand(batch, 3, model.config.crop, model.config.crop, device=DEVICE)

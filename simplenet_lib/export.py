@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.localization import anomaly_map, image_score
@@ -75,7 +77,12 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
         last = op.Constant(value_int=half - 1)
         return op.Gather(smallest, last, axis=dim), op.Gather(places, last, axis=dim)
 
-    detector = Detector(model.cpu()).eval()
+    detector = Detector(copy.deepcopy(model).cpu()).eval()
+    discriminator = detector.model.head.discriminator
+    if isinstance(discriminator.norm, nn.BatchNorm1d):
+        # As chapter 2 folds the backbone's: the exporter of PyTorch 2.6 cannot write a BatchNorm.
+        discriminator.hidden = fuse_linear_bn_eval(discriminator.hidden, discriminator.norm)
+        discriminator.norm = nn.Identity()
     example = torch.rand(2, 3, model.config.crop, model.config.crop)
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         # The exporter warns of its own internals, nothing that a user could mend.

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision.models import resnet18
 
 from simplenet_lib.config import SimpleNetError, preset
@@ -29,13 +30,19 @@ def model() -> SimpleNet:
     result.head.standardise.mean.uniform_(-1, 1)
     result.head.standardise.std.uniform_(0.5, 2)
     result.head.standardise.limit.fill_(3.0)
+    norm = result.head.discriminator.norm
+    assert isinstance(norm, nn.BatchNorm1d)
+    for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+        values.uniform_(0.5, 2)
     return result
 
 
 @pytest.fixture(scope="module")
 def file(model: SimpleNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    before = repr(model)
     export_onnx(model, path)
+    assert repr(model) == before  # the BatchNorms are folded in a copy
     return path
 
 
