@@ -204,7 +204,8 @@ def fit(
 def _ctrl_c() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, so that the running step can finish."""
     stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    background = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as a shell starts `train &`
+    if background or threading.current_thread() is not threading.main_thread():
         yield stopped  # only the main thread may handle signals
         return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,9 @@ from simplenet_lib.config import SimpleNetError
 settings.register_profile("usual", max_examples=150, deadline=None, database=None)
 settings.register_profile("stress", max_examples=2000, deadline=None, database=None)
 settings.load_profile("usual")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C; some press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Loopback:

@@ -244,6 +244,23 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_background_job_goes_on_ignoring_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, Tensor]
+) -> None:
+    loss = training_module.margin_loss
+
+    def interrupted(*args: Any) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return loss(*args)
+
+    monkeypatch.setattr(training_module, "margin_loss", interrupted)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert_same_bits(fit_toy(), undisturbed)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_the_state_after_the_last_step_is_kept_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, Tensor]
 ) -> None:
