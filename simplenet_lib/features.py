@@ -172,7 +172,7 @@ class Standardise(nn.Module):
         for image in images:
             vectors = torch.from_numpy(features[image].copy()).float().flatten(0, 1)
             total += vectors.sum(dim=0)
-            squares += vectors.square_().sum(dim=0)
+            squares += vectors.square().sum(dim=0)
         count = len(images) * features.shape[1] * features.shape[2]
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
