@@ -1,9 +1,8 @@
-"""Two curves of preset ``fast``: over the steps of a training, and over the number of photos.
+"""Preset ``fast`` over the number of photos it is trained on.
 
-    python benchmarks/curves.py steps|photos ROOT/CATEGORY [ROOT/CATEGORY ...]
+    python benchmarks/curves.py ROOT/CATEGORY [ROOT/CATEGORY ...]
 
-Writes one JSON a run to ``results/steps`` or ``results/photos`` and skips runs
-that are already there.
+Writes one JSON a run to ``results/photos`` and skips runs that are already there.
 """
 
 from __future__ import annotations
@@ -13,102 +12,53 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from ablation import SEEDS, splits
+from ablation import report
 
-from simplenet_lib import training
+from simplenet_lib.benchmark import datasets
 from simplenet_lib.config import preset
-from simplenet_lib.features import cached_features
-from simplenet_lib.localization import image_score, threshold
-from simplenet_lib.metrics import image_metrics, pixel_metrics
+from simplenet_lib.features import FeatureMaps, cached_features
 from simplenet_lib.model import SimpleNet
-from simplenet_lib.training import cached_maps, fit, split_images
+from simplenet_lib.training import cached_maps, calibrate, fit, split_images
 from simplenet_lib.weights import find_weights
 
-OUTPUT = Path("results")
-EVERY, STEPS = 20, 200
+OUTPUT = Path("results/photos")
 PHOTOS = (5, 10, 20, 50, 100)
+SEEDS = (0, 1, 2)
 
 
-class Category:
-    """One category with the cached features of both splits."""
-
-    def __init__(self, folder: Path) -> None:
-        model = untrained(seed=0)
-        self.normal, self.test = splits(folder, model.config)
-        self.features, self.test_features = (
-            cached_features(model.features, split, model.feature_key())
-            for split in (self.normal, self.test)
-        )
-        self.labels = np.array([sample.label for sample in self.test.samples])
-        self.masks = [self.test[index]["mask"].numpy() for index in range(len(self.test))]
-
-    def test_maps(self, model: SimpleNet) -> torch.Tensor:
-        """Anomaly maps of the test images; the head is then back in training."""
-        model.eval()
-        maps = cached_maps(model, self.test_features, range(len(self.test)))
-        model.train()
-        return maps
+def chosen(features: FeatureMaps, count: int, seed: int) -> FeatureMaps:
+    """The cached features of ``count`` images drawn at random."""
+    order = np.random.default_rng(seed).permutation(len(features))[:count]
+    return FeatureMaps(
+        [features[int(image)] for image in order],
+        features.descriptions[order],
+        [features.digests[image] for image in order],
+    )
 
 
-def untrained(seed: int, **changes: object) -> SimpleNet:
-    """A model of preset ``fast`` before its training."""
-    config = preset("fast", seed=seed, **changes)
-    return SimpleNet(config, find_weights(config.backbone))
-
-
-def steps(category: Category, seed: int) -> dict[str, object]:
-    """Measure the test images every few steps: what nobody should choose by."""
-    model = untrained(seed, steps=STEPS)
-    training_images, _ = split_images(len(category.normal), model.config.holdout, seed)
-    rows = []
-
-    def measure(path, head, optimizers, curves, step, identity):  # type: ignore[no-untyped-def]
-        maps = category.test_maps(model)
-        found = image_metrics(category.labels, image_score(maps).numpy())
-        found |= pixel_metrics(category.masks, list(maps.numpy()))
-        rows.append({"step": step, **found})
-
-    training.CHECKPOINT_EVERY, training._keep = EVERY, measure
-    fit(model.head, category.features, training_images, model.config, Path("never written"))
-    return {"steps": rows}
-
-
-def photos(category: Category, seed: int, count: int) -> dict[str, object]:
-    """Train on ``count`` normal photos drawn at random, the threshold's photos among them."""
-    model = untrained(seed)
-    order = np.random.default_rng(seed).permutation(len(category.normal))[:count]
-    train_at, held_out_at = split_images(len(order), model.config.holdout, seed)
-    fit(model.head, category.features, sorted(order[train_at].tolist()), model.config)
-    model.eval()
-    held_out = cached_maps(model, category.features, order[held_out_at].tolist())
-    limit = threshold(image_score(held_out), model.config.quantile)
-    scores = image_score(category.test_maps(model)).numpy()
-    return {
-        "photos": len(order),
-        **image_metrics(category.labels, scores),
-        "false_alarm_rate": float((scores[category.labels == 0] > limit).mean()),
-        "detection_rate": float((scores[category.labels == 1] > limit).mean()),
-    }
-
-
-def main(kind: str, folders: list[Path]) -> None:
+def main(folders: list[Path]) -> None:
     """Make the runs that are missing."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        category = Category(folder)
-        total = len(category.normal)
-        counts = [0] if kind == "steps" else [*(n for n in PHOTOS if n < total), total]
+        normal, test, config = datasets(folder.parent, folder.name, preset("fast"))
+        assert test is not None
         for seed in SEEDS:
-            for count in counts:
-                suffix = f"-{count}" if kind == "photos" else ""
-                path = OUTPUT / kind / f"{folder.name}{suffix}-{seed}.json"
+            for count in (*(n for n in PHOTOS if n < len(normal)), len(normal)):
+                path = OUTPUT / f"{folder.name}-{count}-{seed}.json"
                 if path.is_file():
                     continue
-                found = steps(category, seed) if kind == "steps" else photos(category, seed, count)
-                head = {"dataset": folder.parent.resolve().name, "category": folder.name}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({**head, "seed": seed, **found}, indent=2) + "\n")
+                seeded = preset("fast", seed=seed, ratio=config.ratio)
+                model = SimpleNet(seeded, find_weights(config.backbone))
+                key = model.feature_key()
+                features = chosen(cached_features(model.features, normal, key), count, seed)
+                folds = split_images(count, seeded.heads, seed)
+                fit(model.heads, model.standardise, features, folds, seeded)
+                calibrate(model.eval(), features, folds)
+                asked = cached_features(model.features, test, key)
+                maps = cached_maps(model, asked, range(len(test)))
+                found = {"photos": count, **report(folder, "fast", seed, test, maps)}
+                path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [Path(argument) for argument in sys.argv[2:]])
+    main([Path(argument) for argument in sys.argv[1:]])

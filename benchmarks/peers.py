@@ -36,12 +36,13 @@ class Data:
     """Both splits of a category as batches, read from disk each time they are asked for."""
 
     def __init__(self, folder: Path) -> None:
-        from ablation import splits
         from torch.utils.data import DataLoader
 
+        from simplenet_lib.benchmark import datasets
         from simplenet_lib.config import preset
 
-        self.normal, self.test = splits(folder, preset("fast", resize=SIDE, crop=SIDE))
+        config = preset("fast", resize=SIDE, crop=SIDE, ratio=1.0)
+        self.normal, self.test, self.config = datasets(folder.parent, folder.name, config)
         self.batches = DataLoader(self.normal, batch_size=8)
 
 
@@ -54,19 +55,17 @@ def backbone() -> Any:
 
 
 def simplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
-    """Preset ``fast`` of this library."""
-    from simplenet_lib.config import preset
+    """Preset ``fast`` of this library, at the size that the others are given."""
     from simplenet_lib.localization import anomaly_map, image_score
     from simplenet_lib.training import train
 
-    config = preset("fast")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SIMPLENET_CACHE"] = cache
-        model = train(data.normal, config, progress=False).model
+        model = train(data.normal, data.config, progress=False).model
 
     def detect(images: Any) -> Any:
-        maps = anomaly_map(model(images), config.crop, config.smoothing)
+        maps = anomaly_map(model(images), data.config.seen, data.config.smoothing)
         return image_score(maps), maps
 
     return detect, {"train_seconds": time.perf_counter() - start}

@@ -3,7 +3,7 @@
     python benchmarks/speed.py [NAME ...] [--data ROOT/CATEGORY]
 
 NAME is a function of this file; all of them without one. ``quality`` and
-``recipe`` need ``--data`` and are left out without it. Writes one JSON each to
+``load`` need ``--data`` and are left out without it. Writes one JSON each to
 ``results/bench``. Run it on a machine that does nothing else. The bare backbone is
 torchvision's network up to the last layer in use, without anything of ours.
 """
@@ -23,24 +23,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ablation import splits
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from simplenet_lib import __version__
+from simplenet_lib.benchmark import datasets
 from simplenet_lib.config import preset
 from simplenet_lib.dataset import ImageFiles, make_transform, photos
 from simplenet_lib.export import Detector, export_onnx
 from simplenet_lib.features import FEATURE_BATCH, batches, build_backbone
 from simplenet_lib.localization import evaluate
-from simplenet_lib.loss import margin_loss
 from simplenet_lib.model import SimpleNet
 from simplenet_lib.training import train
 from simplenet_lib.weights import find_weights
@@ -81,10 +79,10 @@ def fresh_cache() -> Iterator[Path]:
 
 
 def new_model() -> SimpleNet:
-    """Preset ``fast`` with an untrained head, for what does not depend on what it learned."""
+    """Preset ``fast`` with untrained heads, for what does not depend on what it learned."""
     config = preset("fast")
     model = SimpleNet(config, find_weights(config.backbone)).eval()
-    model.threshold = model.typical = model.background = 0.0
+    model.typical, model.threshold = 0.0, 1.0
     return model.to(DEVICE)
 
 
@@ -121,7 +119,7 @@ def inference(_: Path | None) -> dict[str, Any]:
         export_onnx(model, file)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for batch in (8, 1):
-            pixels = torch.rand(batch, 3, model.config.crop, model.config.crop, device=DEVICE)
+            pixels = torch.rand(batch, 3, *model.config.seen, device=DEVICE)
             on_host = pixels.cpu().numpy()
             taken: dict[str, float] = {}
             # One group after the other: compiled code and ONNX Runtime bring threads of their
@@ -160,7 +158,7 @@ def pages(_: Path | None) -> dict[str, Any]:
         "from simplenet_lib.model import SimpleNet\n"
         "from simplenet_lib.weights import find_weights\n"
         "model = SimpleNet(preset('fast'), find_weights('resnet50'))\n"
-        "images = torch.rand(8, 3, 320, 320)\n"
+        "images = torch.rand(8, 3, 384, 384)\n"
         "model.features(images)\n"
         "start = time.perf_counter()\n"
         "for _ in range(4):\n"
@@ -271,7 +269,7 @@ def loading(_: Path | None) -> dict[str, Any]:
             coarse = rng.integers(0, 256, (90, 90, 3), dtype=np.uint8)
             image = Image.fromarray(coarse).resize((900, 900), Image.Resampling.BICUBIC)
             image.save(Path(folder) / f"{index:03}.png")
-        files = ImageFiles(photos(Path(folder)), make_transform(320, 320))
+        files = ImageFiles(photos(Path(folder)), make_transform(384, 384))
         images = torch.stack([files[index]["image"] for index in range(len(files))])
         loaded = images.split(FEATURE_BATCH)
         model.features(loaded[0].to(DEVICE))
@@ -321,87 +319,79 @@ class AnonymousPeak:
 
 
 def quality(folder: Path | None) -> dict[str, Any]:
-    """Everything from files to measured quality, over one bare pass of the same images.
+    """From files to a measured detector, over one bare pass of the same images.
 
-    The whole of preset ``fast``, and with as many steps as `results/steps` says bottle needs
-    for an image AUROC of 0.995. Bare pass and trainings alternate, three times: these
-    machines change their speed from minute to minute. The middle round is reported.
+    Head training is all K heads, units and threshold included, over the bare pass of the
+    training images. Bare pass and training alternate, three times: these machines change
+    their speed from minute to minute. The middle round is reported.
     """
     assert folder is not None
-    config = preset("fast")
-    both = splits(folder, config)
-    images = torch.stack([split[index]["image"] for split in both for index in range(len(split))])
-    parts = images.to(DEVICE).split(FEATURE_BATCH)
+    normal, test, config = datasets(folder.parent, folder.name, preset("fast"))
+    assert test is not None
+    images = [
+        torch.stack([split[index]["image"] for index in range(len(split))])
+        for split in (normal, test)
+    ]
     bare = bare_backbones()
 
     @torch.inference_mode()
-    def bare_pass(name: str) -> float:
-        bare[name](parts[0]), bare[name](parts[-1])  # compiled, and first calls are slow
-        return seconds(lambda: [bare[name](part) for part in parts])
+    def bare_pass(name: str) -> list[float]:
+        taken = []
+        for part in images:
+            parts = part.to(DEVICE).split(FEATURE_BATCH)
+            bare[name](parts[0]), bare[name](parts[-1])  # compiled, and first calls are slow
+            taken.append(seconds(lambda parts=parts: [bare[name](some) for some in parts]))
+        return taken
 
-    def whole(steps: int) -> dict[str, float]:
-        with fresh_cache():
-            start = time.perf_counter()
-            trained = train(both[0], replace(config, steps=steps), device=DEVICE, progress=False)
-            middle = time.perf_counter()
-            found, _ = evaluate(trained.model, both[1], progress=False)
-            end = time.perf_counter()
-        return {
-            "steps": steps,
-            "features_seconds": trained.seconds_features,
-            "training_seconds": trained.seconds_training,
-            "evaluation_seconds": end - middle,
-            "whole_seconds": end - start,
-            "image_auroc": found["image_auroc"],
-        }
-
-    rounds: dict[str, list[dict[str, float]]] = {"to_quality": [], "fast": []}
+    rounds = []
     for _ in range(3):
         backbone = bare_pass("channels_last")
-        for name, steps in (("to_quality", 20), ("fast", config.steps)):
-            taken = whole(steps)
-            ratio = taken["whole_seconds"] / backbone
-            rounds[name].append({**taken, "bare_seconds": backbone, "ratio": ratio})
-    # Last, since compiled code leaves threads behind that would slow down the rest.
-    ways = {name: bare_pass(name) for name in bare}
-    middle_rounds = {
-        name: sorted(column, key=lambda taken: taken["ratio"])[1] for name, column in rounds.items()
-    }
-    return {**middle_rounds, "bare_backbone_seconds": ways, "rounds": rounds}
+        with fresh_cache():
+            start = time.perf_counter()
+            trained = train(normal, config, device=DEVICE, progress=False)
+            middle = time.perf_counter()
+            found, _ = evaluate(trained.model, test, progress=False)
+            end = time.perf_counter()
+        rounds.append(
+            {
+                "bare_training_images_seconds": backbone[0],
+                "bare_seconds": sum(backbone),
+                "features_seconds": trained.seconds_features,
+                "training_seconds": trained.seconds_training,
+                "evaluation_seconds": end - middle,
+                "whole_seconds": end - start,
+                "image_auroc": found["image_auroc"],
+                "training_ratio": trained.seconds_training / backbone[0],
+                "whole_ratio": (end - start) / sum(backbone),
+            }
+        )
+    return {**sorted(rounds, key=lambda taken: taken["training_ratio"])[1], "rounds": rounds}
 
 
-def recipe(folder: Path | None) -> dict[str, Any]:
-    """The published recipe, every epoch through the backbone, from measured steps.
-
-    Compared with the time that ``quality`` took in the run before.
-    """
+def load(folder: Path | None) -> dict[str, Any]:
+    """Head training while another process keeps one core busy, over the same alone."""
     assert folder is not None
-    config = preset("paper")
-    model = SimpleNet(config, find_weights(config.backbone)).to(DEVICE)
-    normal, _ = splits(folder, config)
-    batch = torch.stack([normal[index]["image"] for index in range(8)]).to(DEVICE)
-    optimizer = torch.optim.Adam(model.head.parameters())
-    noise = torch.Generator(DEVICE)
-    model.head.train()
-
-    def step() -> None:
-        normal_scores, noisy_scores = model.head.normal_and_noisy(model.features(batch), noise)
-        loss = margin_loss(normal_scores, noisy_scores, config.margin)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    step()
-    one = statistics.median(seconds(step) for _ in range(3))
-    steps = 160 * (len(normal) // 8)
-    ours = json.loads((OUTPUT / "quality.json").read_text())
-    return {
-        "seconds_a_step": one,
-        "steps": steps,
-        "extrapolated_hours": one * steps / 3600,
-        "ratio_to_quality": one * steps / ours["to_quality"]["whole_seconds"],
-        "ratio_to_fast": one * steps / ours["fast"]["whole_seconds"],
-    }
+    code = (
+        "from pathlib import Path\n"
+        "from simplenet_lib.benchmark import datasets\n"
+        "from simplenet_lib.config import preset\n"
+        "from simplenet_lib.training import train\n"
+        f"folder = Path({str(folder)!r})\n"
+        "normal, _, config = datasets(folder.parent, folder.name, preset('fast'))\n"
+        "print(train(normal, config, progress=False).seconds_training)\n"
+    )
+    taken: dict[str, list[float]] = {"alone": [], "beside": []}
+    run_python(code)  # now the features are cached
+    for _ in range(3):
+        taken["alone"].append(float(run_python(code, OMP_WAIT_POLICY="PASSIVE")))
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            taken["beside"].append(float(run_python(code, OMP_WAIT_POLICY="PASSIVE")))
+        finally:
+            busy.kill()
+            busy.wait()
+    alone, beside = (statistics.median(column) for column in taken.values())
+    return {"alone_seconds": alone, "beside_seconds": beside, "ratio": beside / alone}
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -412,7 +402,7 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-ALL = (imports, pages, inference, metrics, loading, memory, quality, recipe)
+ALL = (imports, pages, inference, metrics, loading, memory, quality, load)
 
 
 def main() -> None:
@@ -423,6 +413,7 @@ def main() -> None:
     arguments = parser.parse_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     names = arguments.names or [work.__name__ for work in ALL]
     for work in ALL:
         name = work.__name__
@@ -432,7 +423,7 @@ def main() -> None:
             data = ["--data", str(arguments.data)] if arguments.data else []
             subprocess.run([sys.executable, __file__, name, *data], check=True)
             continue
-        if name in ("quality", "recipe") and arguments.data is None:
+        if name in ("quality", "load") and arguments.data is None:
             print(f"{name}: needs --data ROOT/CATEGORY")
             continue
         found = {

@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 
 class Adaptor(nn.Module):
-    """A 1x1 convolution: one linear layer, applied at every position (paper, section 3.2, G_θ).
+    """One linear layer, applied at every position: a 1x1 convolution (paper, section 3.2, G_θ).
+
+    Features come with their channels last, and there a linear layer does what a 1x1
+    convolution does with its channels first.
 
     Parameters
     ----------
@@ -16,11 +19,11 @@ class Adaptor(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1)
-        nn.init.xavier_normal_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.linear = nn.Linear(in_channels, out_channels)
+        nn.init.xavier_normal_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (N, C, h, w) to adapted features (N, A, h, w)."""
-        adapted: Tensor = self.conv(features)
+        """Map features (..., C) to adapted features (..., A)."""
+        adapted: Tensor = self.linear(features)
         return adapted

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
@@ -77,18 +78,77 @@ class PositionGaussian:
         return distances
 
 
-class NearestNeighbour:
-    """Distance to the nearest of many remembered normal vectors: PatchCore's idea.
+def coreset(vectors: Tensor, count: int, first: int) -> Tensor:
+    """Pick vectors so that every other one has a picked one nearby: greedy k-center.
 
-    PatchCore picks what it remembers so that the picks cover all normal vectors; a
-    random pick, as here, is simpler and needs more of them.
+    Again and again it picks the vector that is farthest from all picked so far.
+    A pick costs one pass over the vectors: the distances to the new one are
+    computed, and every vector keeps the smallest distance it has seen.
 
     Parameters
     ----------
-    memory : int
-        How many vectors to remember.
+    vectors : Tensor
+        Vectors to pick from, (n, c).
+    count : int
+        How many to pick, 1 to n. No vector is picked twice.
+    first : int
+        Index of the first pick.
+
+    Returns
+    -------
+    Tensor
+        Indices in the order they were picked, (count,).
+
+    References
+    ----------
+    Gonzalez: Clustering to Minimize the Maximum Intercluster Distance, Theoretical
+    Computer Science 38, 1985.
+    """
+    squares = torch.linalg.vecdot(vectors, vectors)
+    nearest = torch.full_like(squares, torch.inf)  # squared distance to the nearest pick
+    picks = [first]
+    while len(picks) < count:
+        newest = picks[-1]
+        # |x - c|² = |x|² - 2 x·c + |c|²: one matrix-vector product for all x.
+        squared = torch.addmv(squares + squares[newest], vectors, vectors[newest], alpha=-2)
+        nearest = torch.minimum(nearest, squared)
+        nearest[newest] = -torch.inf  # whatever rounding says, it is not picked again
+        picks.append(int(nearest.argmax()))
+    return torch.tensor(picks)
+
+
+class PatchCore:
+    """Distance to the nearest of the normal vectors that cover all others: PatchCore.
+
+    Vectors are averages over neighbouring positions. What it remembers of them is a
+    coreset: few vectors, chosen so that every other one is near to one of them. The
+    choice looks at random projections of the vectors, which are shorter and keep
+    distances roughly; scores use the vectors themselves. The paper also raises an
+    image's score if the nearest remembered vector is itself a rare one; that is left
+    out here.
+
+    Parameters
+    ----------
+    share : float
+        Share of all normal vectors to remember; at least one is.
+    neighbourhood : int
+        Odd side of the averaged neighbourhood, in positions; 1 for none, for
+        instance because the maps are averaged already.
+    projection : int
+        Length of the projected vectors; vectors that are no longer stay as they are.
     seed : int
-        Seed of the pick.
+        Seed of the projection and of the first pick.
+
+    Attributes
+    ----------
+    picks : Tensor
+        Which vectors it remembers, in the order they were picked, (m,). The vectors
+        of all maps are counted through, map after map and row after row.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range.
 
     References
     ----------
@@ -96,21 +156,54 @@ class NearestNeighbour:
     Anomaly Detection, CVPR 2022.
     """
 
-    def __init__(self, memory: int = 4000, seed: int = 0) -> None:
-        self.memory, self.seed = memory, seed
+    def __init__(
+        self, share: float = 0.01, neighbourhood: int = 3, projection: int = 128, seed: int = 0
+    ) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}, not above 0 and at most 1")
+        if neighbourhood < 1 or neighbourhood % 2 == 0:
+            raise ValueError(f"neighbourhood is {neighbourhood}, not an odd number from 1")
+        if projection < 1:
+            raise ValueError(f"projection is {projection}, not at least 1")
+        self.share, self.neighbourhood = share, neighbourhood
+        self.projection, self.seed = projection, seed
+
+    def vectors(self, values: Tensor) -> Tensor:
+        """Average a map (C, h, w) over neighbourhoods: (h*w, C)."""
+        side = self.neighbourhood
+        averaged = F.avg_pool2d(
+            values.float(), side, stride=1, padding=side // 2, count_include_pad=False
+        )
+        return averaged.flatten(1).T.contiguous()
 
     def fit(self, maps: Sequence[Tensor]) -> None:
-        """Remember vectors of maps (C, h, w), the same number of each."""
+        """Remember a coreset of the vectors of maps (C, h, w), all of one shape.
+
+        It goes through the maps twice, so that only projected vectors are ever held
+        all at once: first to project them, then to fetch the chosen ones.
+        """
         generator = torch.Generator().manual_seed(self.seed)
-        share = -(-self.memory // len(maps))
-        picked = []
-        for values in maps:
-            vectors = values.flatten(1).T
-            picked.append(vectors[torch.randperm(len(vectors), generator=generator)[:share]])
+        channels = len(maps[0])
+        directions = torch.eye(channels)
+        if channels > self.projection:
+            directions = torch.randn(channels, self.projection, generator=generator)
+        projected = torch.cat([self.vectors(values) @ directions for values in maps])
+        projected -= projected.mean(dim=0)  # distances stay, their rounding errors shrink
+        count = max(1, round(self.share * len(projected)))
+        first = int(torch.randint(len(projected), (), generator=generator))
+        self.picks = coreset(projected, count, first)
+        picked = torch.zeros(len(projected), dtype=torch.bool)
+        picked[self.picks] = True
+        memory = torch.cat(
+            [
+                self.vectors(values)[chosen]
+                for values, chosen in zip(maps, picked.view(len(maps), -1), strict=True)
+            ]
+        )
         self.neighbours = NearestNeighbors(n_neighbors=1, algorithm="brute")
-        self.neighbours.fit(torch.cat(picked)[: self.memory].numpy())
+        self.neighbours.fit(memory.numpy())
 
     def score_map(self, values: Tensor) -> Tensor:
         """Score a map (C, h, w): (h, w)."""
-        distances, _ = self.neighbours.kneighbors(values.flatten(1).T.contiguous().numpy())
+        distances, _ = self.neighbours.kneighbors(self.vectors(values).numpy())
         return torch.from_numpy(distances).view(values.shape[1:]).float()

@@ -1,14 +1,26 @@
-"""Chapter 11: measured runs on many categories, and what others have published."""
+"""Chapter 11: a run and its report, tables of many runs, and what others have published."""
 
 from __future__ import annotations
 
 import json
+import platform
 import statistics
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torchvision
+
+from simplenet_lib import __version__
 from simplenet_lib.config import Config, SimpleNetError
+from simplenet_lib.dataset import AnomalyDataset, ImageFiles, make_transform, photos, shape_of
+from simplenet_lib.localization import Prediction, metrics_of, predict
+from simplenet_lib.metrics import auroc_deviation, pixel_deviations
+from simplenet_lib.training import Trained, train
 
 #: Image AUROC and pixel AUROC of SimpleNet on MVTec AD in percent, as the paper
 #: states them (table 1); transcribed from secondary sources.
@@ -43,14 +55,178 @@ PUBLISHED_MEANS = {
 }
 
 
+@dataclass
+class Run:
+    """One training and its evaluation.
+
+    Attributes
+    ----------
+    trained : Trained
+        The model and how it was trained.
+    predictions : list of Prediction or None
+        One for every test image; None if there are none with and without a defect.
+    report : dict
+        What goes into a JSON file: configuration, metrics, scores of all images, times.
+    """
+
+    trained: Trained
+    predictions: list[Prediction] | None
+    report: dict[str, Any]
+
+
+def datasets(
+    data: Path, category: str | None, config: Config
+) -> tuple[ImageFiles, AnomalyDataset | None, Config]:
+    """The normal images, the test images if there are some, and the configuration for them.
+
+    The photos keep their shape: where ``config.ratio`` is 0, the median of theirs takes
+    its place.
+
+    Parameters
+    ----------
+    data : Path
+        A folder of categories in the MVTec AD layout, or of good photos alone.
+    category : str or None
+        The category; None for a folder of photos.
+    config : Config
+        The configuration.
+    """
+    transform = make_transform(config.size, config.seen)
+    normal: ImageFiles
+    test = None
+    if category is None:
+        normal = ImageFiles(photos(data), transform)
+    else:
+        normal = AnomalyDataset(data, category, "train", transform)
+        # Read before training: a fault in the test folder should not cost the user a training.
+        if (data / category / "test").is_dir():
+            test = AnomalyDataset(data, category, "test", transform)
+    if config.ratio == 0:
+        config = replace(config, ratio=round(shape_of(normal.samples), 3))
+    for split in (normal, test):
+        if split is not None:
+            split.transform = make_transform(config.size, config.seen)
+    return normal, test, config
+
+
+def can_be_evaluated(test: AnomalyDataset | None) -> bool:
+    """Whether there are test images with and without a defect."""
+    return test is not None and {sample.label for sample in test.samples} == {0, 1}
+
+
+def run(
+    data: Path,
+    category: str | None,
+    config: Config,
+    *,
+    weights: Path | None = None,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train on a category, and evaluate if it has test images with and without a defect.
+
+    Parameters
+    ----------
+    data, category, config
+        See :func:`datasets`.
+    weights, device, checkpoint, progress
+        See :func:`simplenet_lib.training.train`.
+    """
+    normal, test, config = datasets(data, category, config)
+    trained = train(
+        normal, config, weights=weights, device=device, checkpoint=checkpoint, progress=progress
+    )
+    known = np.flatnonzero(np.isfinite(trained.scores))
+    oddest = known[np.argsort(-trained.scores[known])][:3]
+    report: dict[str, Any] = {
+        "dataset": data.resolve().name,
+        "category": category or data.resolve().name,
+        "preset": config.preset,
+        "seed": config.seed,
+        "train_images": len(normal),
+        "scored_unseen": len(known),
+        "oddest_training_images": {
+            normal.samples[index].image.name: round(float(trained.scores[index]), 3)
+            for index in oddest
+        },
+        "steps": config.steps,
+        "seconds_features": round(trained.seconds_features, 2),
+        "seconds_training": round(trained.seconds_training, 2),
+        "config": json.loads(config.to_json()),
+        "versions": versions(),
+        "hardware": hardware(device),
+    }
+    if test is None or not can_be_evaluated(test):
+        return Run(trained, None, report)
+    start = time.perf_counter()
+    predictions = list(predict(trained.model, test, progress=progress))
+    report["seconds_evaluation"] = round(time.perf_counter() - start, 2)
+    for kind, label in (("normal", 0), ("defect", 1)):
+        some = [bool(p.unfamiliar) for p in predictions if p.sample.label == label]
+        report[f"unfamiliar_share_{kind}"] = sum(some) / len(some)
+    return Run(trained, predictions, report | compare(predictions))
+
+
+def compare(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """What a report says of test images: metrics, their uncertainty, verdicts, every score.
+
+    Returns
+    -------
+    dict
+        The metrics of :func:`simplenet_lib.localization.metrics_of`;
+        ``deviation_over_images``: of image AUROC by Hanley and McNeil's formula, of the
+        pixel metrics by a bootstrap; ``false_alarm_rate`` and ``detection_rate`` at the
+        threshold; ``scores`` by defect type and file name.
+    """
+    metrics = metrics_of(predictions)
+    labels = np.array([prediction.sample.label for prediction in predictions])
+    verdicts = np.array([prediction.anomalous for prediction in predictions])
+    deviations = {
+        "image_auroc": auroc_deviation(
+            metrics["image_auroc"], int((labels == 0).sum()), int((labels == 1).sum())
+        )
+    }
+    if "aupro" in metrics:
+        deviations |= pixel_deviations([p.mask for p in predictions], [p.map for p in predictions])
+    scores: dict[str, dict[str, float]] = {}
+    for prediction in predictions:
+        sample = prediction.sample
+        scores.setdefault(sample.defect, {})[sample.image.stem] = round(prediction.score, 4)
+    return metrics | {
+        "deviation_over_images": {name: round(value, 5) for name, value in deviations.items()},
+        "false_alarm_rate": float(verdicts[labels == 0].mean()),
+        "detection_rate": float(verdicts[labels == 1].mean()),
+        "scores": scores,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a number."""
+    return {
+        "simplenet_lib": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+    }
+
+
+def hardware(device: str) -> str:
+    """The graphics card by name, or the number of processor threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+
+
 def measured_runs(kind: str = "") -> list[dict[str, Any]]:
     """Read the measured runs that come with this library, sorted by file name.
 
     Parameters
     ----------
     kind : str
-        Folder in ``results/``: ``""`` for whole runs of a preset, ``"ablation"``,
-        ``"steps"``, ``"photos"`` or ``"long"``.
+        Folder in ``results/``: ``""`` for whole runs of a preset, ``"ablation"``; and of the
+        first edition's default, one head, ``"first"``, ``"first_ablation"``,
+        ``"first_steps"`` and ``"first_photos"``.
     """
     # An installed library carries them inside; in a checkout they lie beside it.
     package = Path(__file__).parent
@@ -105,32 +281,41 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     percent = [100 * value for value in values]
     if len(percent) == 1:
         return f"{percent[0]:.1f}"
-    return f"{statistics.mean(percent):.1f} ± {statistics.pstdev(percent):.1f}"
+    return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
+
+
+def with_both(runs: Sequence[dict[str, Any]], metric: str) -> str:
+    """A metric in percent, ``"97.1 ± 0.3 ± 1.2"``: over the runs' seeds, over test images."""
+    values = [run[metric] for run in runs if metric in run]
+    if not values:
+        return "no masks"
+    deviations = [run.get("deviation_over_images", {}).get(metric) for run in runs]
+    text = mean_and_deviation(values)
+    known = [value for value in deviations if value is not None]
+    if not known:
+        return text
+    return f"{text}{' ± –' if len(values) == 1 else ''} ± {100 * statistics.mean(known):.1f}"
 
 
 def table(runs: Iterable[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over seeds, one row a category and preset, as Markdown.
+    """One row a category and preset, as Markdown, metrics in percent.
 
-    Metrics are in percent. The seconds of the features are the highest of a
-    row: later seeds read them from the cache.
+    The first ± is the standard deviation over seeds, the second the one over test
+    images. The seconds of the features are the highest of a row: later seeds read
+    them from the cache.
     """
-    columns = {
-        "image_auroc": "image AUROC",
-        "image_ap": "image AP",
-        "image_f1max": "image F1-max",
-        "pixel_auroc": "pixel AUROC",
-        "aupro": "AUPRO",
-    }
+    columns = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
+    rates = {"false_alarm_rate": "false alarms", "detection_rate": "defects found"}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["category"], run["preset"]), []).append(run)
-    heading = ["category", "preset", "seeds", *columns.values(), "features, s", "training, s"]
+    heading = ["category", "preset", "seeds", *columns.values(), *rates.values()]
+    heading += ["features, s", "training, s"]
     lines = [heading, ["---"] * len(heading)]
     for (category, preset), group in groups.items():
         row = [category, f"`{preset}`", str(len(group))]
-        for key in columns:
-            values = [run[key] for run in group if key in run]
-            row.append(mean_and_deviation(values) if values else "no masks")
+        row += [with_both(group, metric) for metric in columns]
+        row += [mean_and_deviation([run[rate] for run in group if rate in run]) for rate in rates]
         features = max(run["seconds_features"] for run in group)
         training = statistics.mean(run["seconds_training"] for run in group)
         lines.append([*row, f"{features:.0f}", f"{training:.0f}"])

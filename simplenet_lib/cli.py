@@ -6,21 +6,19 @@ import csv
 import io
 import json
 import os
-import platform
 import sys
 import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simplenet_lib import __version__
 from simplenet_lib.config import PRESETS, Config, SimpleNetError
 from simplenet_lib.config import preset as preset_named
 
 if TYPE_CHECKING:
-    from simplenet_lib.dataset import AnomalyDataset
+    from simplenet_lib.benchmark import Run
     from simplenet_lib.localization import Prediction
     from simplenet_lib.model import SimpleNet
 
@@ -68,6 +66,9 @@ def main() -> None:
     # Memory in large pages, on Linux. PyTorch reads this before its first array, and the backbone
     # then takes up to a fifth less time (`benchmarks/speed.py`, pages).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Threads that wait for others sleep. They would spin by default, and take the cores from
+    # those that they wait for as soon as another program is busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except (SimpleNetError, OSError) as error:
@@ -142,22 +143,28 @@ def train(
     from simplenet_lib.model import write_whole
 
     state = output / "training.safetensors"
-    model, report, predictions = _run(data, category, config, weights, device, state)
+    done = _run(data, category, config, weights, device, state)
+    model = done.trained.model
     written = [output / "model.safetensors", output / "metrics.json"]
-    if predictions is not None:
+    model.save(written[0])
+    write_whole(written[1], _as_json(done.report))
+    if done.predictions is not None:
         written.append(output / "examples.png")
-        _write_examples(written[-1], model, predictions)
-        _print_metrics(report)
+        _write_examples(written[-1], model, done.predictions)
+        _print_metrics(done.report)
     else:
         print("No test images with and without a defect: nothing to evaluate.")
-    held_out = report["held_out_images"]
+    scored = done.report["scored_unseen"]
     if config.quantile == 1:
         print(
-            f"The threshold is the highest score of {held_out} held-out good photos: expect about"
-            f" {1 / (held_out + 1):.0%} false alarms on good photos like them."
+            f"The threshold is the highest score of {scored} good photos, each scored by heads"
+            " that have not seen it: expect about"
+            f" {1 / (scored + 1):.1%} false alarms on good photos like them."
         )
-    model.save(written[0])
-    write_whole(written[1], _as_json(report))
+    oddest = ", ".join(
+        f"{name} ({score:.2f})" for name, score in done.report["oddest_training_images"].items()
+    )
+    print(f"The training photos that look least normal: {oddest}. Is there a defect in one?")
     state.unlink(missing_ok=True)
     for path in written:
         print(path)
@@ -180,8 +187,7 @@ def benchmark(
     A run whose file is in OUTPUT already is skipped, so the same command goes on
     after Ctrl-C. The last step is what counts: test images choose nothing.
     """
-    from simplenet_lib.benchmark import is_done, read_runs, table
-    from simplenet_lib.dataset import AnomalyDataset, make_transform
+    from simplenet_lib.benchmark import can_be_evaluated, datasets, is_done, read_runs, table
     from simplenet_lib.dataset import categories as categories_in
     from simplenet_lib.model import write_whole
 
@@ -197,23 +203,21 @@ def benchmark(
     dataset = data.resolve().name
     missing = []
     for name in names:
-        for number in numbers:
-            config = preset_named(preset, seed=number)
-            path = output / f"{name}-{preset}-{number}.json"
-            if not is_done(path, dataset, name, config):
-                missing.append((name, config, path))
-    # A folder that cannot be read is found now, not after hours.
-    for name, config in {name: config for name, config, _ in missing}.items():
-        transform = make_transform(config.resize, config.crop)
-        AnomalyDataset(data, name, "train", transform)
-        if not _can_be_evaluated(AnomalyDataset(data, name, "test", transform)):
+        # A folder that cannot be read is found now, not after hours.
+        _, test, config = datasets(data, name, preset_named(preset))
+        if not can_be_evaluated(test):
             raise SimpleNetError(f"{data / name}: no test images with and without a defect.")
+        for number in numbers:
+            path = output / f"{name}-{preset}-{number}.json"
+            seeded = replace(config, seed=number)
+            if not is_done(path, dataset, name, seeded):
+                missing.append((name, seeded, path))
     _check_writable(output)
     for number, (name, config, path) in enumerate(missing, start=1):
         print(f"{number} of {len(missing)}: {name}, seed {config.seed}", flush=True)
         state = path.with_suffix(".training.safetensors")
-        _, report, _ = _run(data, name, config, weights, device, state)
-        write_whole(path, _as_json(report))
+        done = _run(data, name, config, weights, device, state)
+        write_whole(path, _as_json(done.report))
         state.unlink(missing_ok=True)
     print(table(read_runs(output)))
 
@@ -225,53 +229,18 @@ def _run(
     weights: Path | None,
     device: str,
     state: Path,
-) -> tuple[SimpleNet, dict[str, Any], list[Prediction] | None]:
+) -> Run:
     """Train, and evaluate if there is a test split; what is learned is kept in ``state``."""
-    from simplenet_lib.dataset import AnomalyDataset, ImageFiles, make_transform, photos
-    from simplenet_lib.localization import evaluate
-    from simplenet_lib.training import train as train_model
+    from simplenet_lib.benchmark import run
 
-    transform = make_transform(config.resize, config.crop)
-    normal: ImageFiles
-    test = None
-    if category is None:
-        normal = ImageFiles(photos(data), transform)
-    else:
-        normal = AnomalyDataset(data, category, "train", transform)
-        # Read before training: a fault in the test folder should not cost the user a training.
-        if (data / category / "test").is_dir():
-            test = AnomalyDataset(data, category, "test", transform)
-    predictions = None
     try:
-        trained = train_model(
-            normal, config, weights=weights, device=_device(device), checkpoint=state
+        return run(
+            data, category, config, weights=weights, device=_device(device), checkpoint=state
         )
-        model = trained.model
-        report: dict[str, Any] = {
-            "dataset": data.resolve().name,
-            "category": category or data.resolve().name,
-            "preset": config.preset,
-            "seed": config.seed,
-            "train_images": len(normal) - trained.held_out,
-            "held_out_images": trained.held_out,
-            "threshold": model.threshold,
-            "steps": config.steps,
-            "seconds_features": round(trained.seconds_features, 2),
-            "seconds_training": round(trained.seconds_training, 2),
-            "config": json.loads(config.to_json()),
-            "versions": _versions(),
-            "hardware": _hardware(model),
-        }
-        if test is not None and _can_be_evaluated(test):
-            start = time.perf_counter()
-            metrics, predictions = evaluate(model, test)
-            seconds = round(time.perf_counter() - start, 2)
-            report |= metrics | _at_threshold(predictions) | {"seconds_evaluation": seconds}
     except KeyboardInterrupt:
         kept = " Run the same command to go on from there." if state.is_file() else ""
         print(f"simplenet: stopped.{kept}", file=sys.stderr)
         raise typer.Exit(130) from None
-    return model, report, predictions
 
 
 @app.command()
@@ -286,14 +255,15 @@ def evaluate(
     data, category = _find_data(data, category)
     if category is None:
         raise SimpleNetError(f"{data}: holds photos only. `simplenet predict` gives them verdicts.")
+    from simplenet_lib.benchmark import compare
     from simplenet_lib.dataset import AnomalyDataset, make_transform
     from simplenet_lib.localization import evaluate as evaluate_model
 
     net = _load(model, weights, device)
-    transform = make_transform(net.config.resize, net.config.crop)
+    transform = make_transform(net.config.size, net.config.seen)
     test = AnomalyDataset(data, category, "test", transform)
-    metrics, predictions = evaluate_model(net, test)
-    _print_metrics(metrics | _at_threshold(predictions))
+    _, predictions = evaluate_model(net, test)
+    _print_metrics(compare(predictions))
 
 
 @app.command()
@@ -323,19 +293,16 @@ def predict(
     found = _find_images(images, output)
     _check_writable(output.absolute().parent)
 
-    import torch
-
     from simplenet_lib.dataset import ImageFiles, Sample, make_transform, read_image
-    from simplenet_lib.localization import background
     from simplenet_lib.localization import predict as predict_images
     from simplenet_lib.plots import overlay
 
     net = _load(model, weights, device)
-    transform = make_transform(net.config.resize, net.config.crop)
+    transform = make_transform(net.config.size, net.config.seen)
     dataset = ImageFiles([Sample(path, "good") for path in found], transform)
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(["image", "score", "threshold", "verdict", "unfamiliar", "overlay"])
+    writer.writerow(["image", "score", "verdict", "unfamiliar", "overlay"])
     anomalous = unfamiliar = 0
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -344,18 +311,14 @@ def predict(
             for prediction in predict_images(net, dataset):
                 path = prediction.sample.image
                 name = Path("overlays") / found[path]
-                picture = overlay(
-                    read_image(path), prediction.map, net.config, net.typical, net.threshold
-                )
+                picture = overlay(read_image(path), prediction.map, net.config)
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 picture.save(staged / name)
                 verdict = "anomalous" if prediction.anomalous else "normal"
                 anomalous += prediction.anomalous
-                level = background(torch.from_numpy(prediction.map)[None]).item()
-                unlike = "yes" if level > net.background else "no"
-                unfamiliar += unlike == "yes"
-                score, limit = f"{prediction.score:.6g}", f"{net.threshold:.6g}"
-                writer.writerow([path, score, limit, verdict, unlike, name])
+                unlike = ", ".join(prediction.unfamiliar)
+                unfamiliar += bool(unlike)
+                writer.writerow([path, f"{prediction.score:.6g}", verdict, unlike, name])
             text = table.getvalue().encode(errors="surrogateescape")
             (staged / "predictions.csv").write_bytes(text)
             if output.exists():
@@ -363,7 +326,7 @@ def predict(
             os.replace(staged, output)
     except OSError as error:
         raise SimpleNetError(f"{output}: could not be written ({error}).") from error
-    print(f"{anomalous} of {len(found)} images are anomalous (score above {net.threshold:.4g}).")
+    print(f"{anomalous} of {len(found)} images are anomalous (score above 1).")
     if 2 * unfamiliar > len(found):
         print(
             f"{unfamiliar} of them look unlike the training photos as a whole (other light, focus,"
@@ -398,10 +361,11 @@ def info(
     weights: Weights = None,
 ) -> None:
     """Show versions, where the pretrained weights come from, the cache, and a model's settings."""
+    from simplenet_lib.benchmark import versions
     from simplenet_lib.features import cache_folder
     from simplenet_lib.weights import find_weights
 
-    for name, version in _versions().items():
+    for name, version in versions().items():
         print(f"{name:14} {version}")
     entries = list(cache_folder().glob("*.npy"))
     size = sum(entry.stat().st_size for entry in entries) / 1e9
@@ -411,7 +375,6 @@ def info(
         config = PRESETS["fast"]
     else:
         net = _load(model, weights, "cpu")
-        print(f"{'threshold':14} {net.threshold:.6g}")
         config = net.config
     print(f"{'preset':14} {config.preset}")
     for name, value in json.loads(config.to_json()).items():
@@ -524,21 +487,6 @@ def _device(name: str) -> str:
     return name
 
 
-def _can_be_evaluated(test: AnomalyDataset) -> bool:
-    """Whether there are test images with and without a defect."""
-    return {sample.label for sample in test.samples} == {0, 1}
-
-
-def _at_threshold(predictions: list[Prediction]) -> dict[str, float]:
-    """Share of normal images called anomalous, and of defects found, at the threshold."""
-    normal = [p.anomalous for p in predictions if not p.sample.label]
-    defect = [p.anomalous for p in predictions if p.sample.label]
-    return {
-        "false_alarm_rate": sum(normal) / len(normal),
-        "detection_rate": sum(defect) / len(defect),
-    }
-
-
 def _as_json(report: dict[str, Any]) -> bytes:
     return (json.dumps(report, indent=2) + "\n").encode()
 
@@ -571,32 +519,11 @@ def _write_examples(path: Path, model: SimpleNet, predictions: list[Prediction])
 
     kinds = {prediction.sample.defect: prediction for prediction in reversed(predictions)}
     order = sorted(kinds, key=lambda defect: (defect != "good", defect))[:8]
-    figure = gallery([kinds[kind] for kind in order], model.config, model.typical, model.threshold)
+    figure = gallery([kinds[kind] for kind in order], model.config)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
     plt.close(figure)
     write_whole(path, picture.getvalue())
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import torchvision
-
-    return {
-        "simplenet_lib": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-    }
-
-
-def _hardware(model: SimpleNet) -> str:
-    import torch
-
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
 
 
 if __name__ == "__main__":

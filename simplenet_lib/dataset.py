@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -28,6 +29,7 @@ from simplenet_lib.config import SimpleNetError
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+TURNED = (5, 6, 7, 8)  # EXIF orientations of a camera held upright
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -65,10 +67,25 @@ def image_files(folder: Path) -> list[Path]:
     )
 
 
-def _open(path: Path) -> Image.Image:
-    """Decode an image completely and turn it upright."""
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises
+    ------
+    SimpleNetError
+        If it is missing or cannot be read.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        return path.read_bytes()
+    except OSError as error:
+        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+
+
+def _open(path: Path, data: bytes | None = None) -> Image.Image:
+    """Decode an image completely and turn it upright; ``data`` are its bytes, if already read."""
+    data = read_file(path) if data is None else data
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:  # Pillow's decoders raise many types on damaged files
@@ -76,15 +93,22 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, data: bytes | None = None) -> Image.Image:
     """Read an image of 8 or 16 bits, grey, palette or colour, as upright 8-bit RGB.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    data : bytes, optional
+        Its bytes, if they have been read already.
 
     Raises
     ------
     SimpleNetError
         If the file is missing, damaged, too large to be a photograph, or not an image.
     """
-    image = _open(path)
+    image = _open(path, data)
     if image.mode == "F":
         raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
     if image.mode.startswith("I"):  # 16 bit: 65535 is white
@@ -107,26 +131,37 @@ def read_mask(path: Path) -> Image.Image:
     return Image.fromarray((values > values.max() / 2).astype(np.uint8))
 
 
-def make_transform(resize: int, crop: int) -> Transform:
-    """Resize to a square, cut out its centre, normalise; image and mask together.
+def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> Transform:
+    """Resize, cut out the centre, normalise; image and mask together.
 
     The image is interpolated with antialiasing, the mask by its nearest pixel,
     so that it keeps the values 0 and 1.
 
     Parameters
     ----------
-    resize, crop : int
-        Sides in pixels of the resized square and of the central cut-out.
+    size, crop : int or (int, int)
+        Height and width in pixels of the resized image and of its central cut-out;
+        one number for a square.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     transform: Transform = v2.Compose(
         [
-            v2.Resize((resize, resize), antialias=True),
+            v2.Resize((height, width), antialias=True),
             v2.CenterCrop(crop),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
     return transform
+
+
+def shape_of(samples: Sequence[Sample]) -> float:
+    """Median height over width of some photos, as their files' headers state it, upright."""
+    ratios = []
+    for sample in samples:
+        (width, height), orientation = _header(sample.image)
+        ratios.append(width / height if orientation in TURNED else height / width)
+    return float(np.median(ratios))
 
 
 class ImageFiles(Dataset[Item]):
@@ -149,8 +184,15 @@ class ImageFiles(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
+        return self.item(index)
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self.item, range(len(self)))
+
+    def item(self, index: int, data: bytes | None = None) -> Item:
+        """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
-        picture, marked = _read(sample)
+        picture, marked = _read(sample, data)
         image, mask = self.transform(
             tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
             tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
@@ -221,9 +263,9 @@ def categories(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if (path / "train").is_dir())
 
 
-def _read(sample: Sample) -> tuple[Image.Image, Image.Image]:
+def _read(sample: Sample, data: bytes | None = None) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
-    picture = read_image(sample.image)
+    picture = read_image(sample.image, data)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
     mask = read_mask(sample.mask)

@@ -26,7 +26,7 @@ class Discriminator(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Score vectors (B, A) with one number each, (B,): high is normal, low is anomalous."""
-        hidden = self.activation(self.norm(self.hidden(vectors)))
-        scores: Tensor = self.score(hidden).squeeze(1)
-        return scores
+        """Score vectors (..., A) with one number each, (...): high is normal, low is anomalous."""
+        hidden = self.hidden(vectors.reshape(-1, vectors.shape[-1]))  # BatchNorm wants one row each
+        scores: Tensor = self.score(self.activation(self.norm(hidden)))
+        return scores.view(vectors.shape[:-1])

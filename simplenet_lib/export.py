@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,22 +38,22 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Map RGB pixels (N, 3, crop, crop), 0 to 1, to maps (N, crop, crop) and scores (N,)."""
+        """Map RGB pixels (N, 3, H, W), 0 to 1, to anomaly maps (N, H, W) and scores (N,)."""
         config = self.model.config
         scores = self.model((pixels - self.mean) / self.std)
-        maps = anomaly_map(scores, config.crop, config.smoothing)
+        maps = self.model.in_units(anomaly_map(scores, config.seen, config.smoothing))
         return maps, image_score(maps)
 
 
 def export_onnx(model: SimpleNet, path: Path) -> None:
     """Write a trained model, its backbone included, as an ONNX file of opset 18.
 
-    Normalisation, backbone, standardisation, head, map and score are inside the
-    graph; reading, resizing and cropping the image stay outside. Input
-    ``pixels`` (N, 3, crop, crop), RGB from 0 to 1; outputs ``map``
-    (N, crop, crop) and ``score`` (N,); any N. The file's metadata hold
-    ``threshold``, ``background``, the sides ``resize`` and ``crop`` in pixels,
-    and the whole ``config`` as JSON.
+    Normalisation, backbone, committee, map and score are inside the graph; reading,
+    resizing and cropping the image stay outside. Input ``pixels`` (N, 3, H, W), RGB
+    from 0 to 1; outputs ``map`` (N, H, W) and ``score`` (N,), on the scale where 1 is
+    the threshold; any N. The file's metadata hold ``size`` and ``seen``, height and
+    width in pixels to which an image is resized and of the centre then cut out, and
+    the whole ``config``, all as JSON.
 
     Raises
     ------
@@ -62,28 +62,20 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
     """
     try:
         import onnx
-        import onnxscript
+        import onnxscript  # noqa: F401  the exporter needs it
     except ImportError as error:
         raise SimpleNetError(
             f"the export needs the package {error.name}: pip install 'simplenet_lib[export]'."
         ) from error
-    op: Any = onnxscript.opset18
-
-    def median(values: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
-        """The lower median along ``dim``, as PyTorch defines it; ONNX has no operator for it."""
-        assert not keepdim
-        half = (values.shape[dim] + 1) // 2
-        smallest, places = op.TopK(values, op.Constant(value_ints=[half]), axis=dim, largest=0)
-        last = op.Constant(value_int=half - 1)
-        return op.Gather(smallest, last, axis=dim), op.Gather(places, last, axis=dim)
 
     detector = Detector(copy.deepcopy(model).cpu()).eval()
-    discriminator = detector.model.head.discriminator
-    if isinstance(discriminator.norm, nn.BatchNorm1d):
-        # As chapter 2 folds the backbone's: the exporter of PyTorch 2.6 cannot write a BatchNorm.
-        discriminator.hidden = fuse_linear_bn_eval(discriminator.hidden, discriminator.norm)
-        discriminator.norm = nn.Identity()
-    example = torch.rand(2, 3, model.config.crop, model.config.crop)
+    for head in detector.model.heads:
+        discriminator = head.discriminator
+        if isinstance(discriminator.norm, nn.BatchNorm1d):
+            # As chapter 2 folds the backbone's: the exporter of PyTorch 2.6 cannot write one.
+            discriminator.hidden = fuse_linear_bn_eval(discriminator.hidden, discriminator.norm)
+            discriminator.norm = nn.Identity()
+    example = torch.rand(2, 3, *model.config.seen)
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         # The exporter warns of its own internals, nothing that a user could mend.
         warnings.simplefilter("ignore")
@@ -95,14 +87,13 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
             input_names=["pixels"],
             output_names=["map", "score"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("N", min=1, max=1024)}},
-            custom_translation_table={torch.ops.aten.median.dim: median},
             verbose=False,
         )
     assert program is not None  # it is, with dynamo
     proto = program.model_proto
     config = model.config
-    values = {"threshold": repr(model.threshold), "background": repr(model.background)}
-    values |= {"resize": str(config.resize), "crop": str(config.crop), "config": config.to_json()}
+    values = {"size": json.dumps(config.size), "seen": json.dumps(config.seen)}
+    values |= {"config": config.to_json()}
     onnx.helper.set_model_props(proto, values)
     onnx.checker.check_model(proto, full_check=True)
     write_whole(path, proto.SerializeToString())

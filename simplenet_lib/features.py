@@ -5,27 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
 from simplenet_lib.config import SimpleNetError
-from simplenet_lib.dataset import ImageFiles
-from simplenet_lib.download import sha256_of
+from simplenet_lib.dataset import ImageFiles, Item, read_file
+from simplenet_lib.drift import describe
 from simplenet_lib.weights import Weights, torchvision_url
 
 FEATURE_BATCH = 8
@@ -53,6 +54,21 @@ def build_backbone(name: str, weights: Weights) -> models.ResNet:
     return network
 
 
+def reflect_border(network: nn.Module) -> None:
+    """Have every convolution see its map mirrored at the border, in place of zeros.
+
+    Zeros around a map are an edge that no photograph has: the features beside them
+    differ from all others, and a few odd ones become false alarms. Nothing is added
+    to the image and nothing cut off it.
+    """
+    for parent in list(network.modules()):
+        for name, conv in list(parent.named_children()):
+            if isinstance(conv, nn.Conv2d) and conv.padding != (0, 0):
+                side = int(conv.padding[0])  # a ResNet's kernels are square
+                conv.padding = (0, 0)
+                setattr(parent, name, nn.Sequential(nn.ReflectionPad2d(side), conv))
+
+
 def fold_batchnorm(network: nn.Module) -> None:
     """Merge each BatchNorm into the convolution before it, as it works in evaluation mode.
 
@@ -71,10 +87,11 @@ def fold_batchnorm(network: nn.Module) -> None:
 class FrozenFeatures(nn.Module):
     """Outputs of a frozen backbone's layers on one grid (paper, section 3.1).
 
-    The first layer sets the grid. A finer layer is averaged down to it; then
-    every layer is averaged over a neighbourhood of positions; a coarser layer is
-    interpolated up to it; and all are joined along the channels. No parameter
-    is trained, and BatchNorm is folded into the convolutions: nothing can change.
+    The first layer sets the grid. A finer layer is averaged down to it, a coarser one
+    interpolated up to it; all are joined along the channels and averaged over a
+    neighbourhood of positions. (The published code averages a coarser layer on its own
+    grid, over a wider part of the image; that blurs the map.) No parameter is trained,
+    and BatchNorm is folded into the convolutions: nothing can change.
 
     Parameters
     ----------
@@ -86,15 +103,24 @@ class FrozenFeatures(nn.Module):
         The pretrained parameters, from :func:`simplenet_lib.weights.find_weights`.
     neighbourhood : int
         Odd side of the averaged neighbourhood, in positions; 1 for none.
+    border : {"zeros", "reflect"}
+        What a convolution sees beyond its map; see :func:`reflect_border`.
 
     Attributes
     ----------
+    layer_channels : list of int
+        Channels C_l of each layer, for ResNet-50's layer2 and layer3 512 and 1024.
     channels : int
-        Channels C of the output, for ResNet-50's layer2 and layer3 512 + 1024.
+        Their sum C.
     """
 
     def __init__(
-        self, backbone: str, layers: Sequence[str], weights: Weights, neighbourhood: int = 1
+        self,
+        backbone: str,
+        layers: Sequence[str],
+        weights: Weights,
+        neighbourhood: int = 1,
+        border: str = "zeros",
     ) -> None:
         super().__init__()
         network = build_backbone(backbone, weights)
@@ -103,48 +129,66 @@ class FrozenFeatures(nn.Module):
         for layer in layers:
             if layer not in known:
                 raise SimpleNetError(f"unknown layer '{layer}'. Known: {', '.join(known)}.")
+        last_blocks = [getattr(network, layer)[-1] for layer in layers]
+        self.layer_channels = [
+            getattr(block, "conv3", block.conv2).out_channels for block in last_blocks
+        ]
+        self.channels = sum(self.layer_channels)
+        if border == "reflect":
+            reflect_border(network)
         self.extractor = create_feature_extractor(network, {layer: layer for layer in layers})
         self.extractor.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.layers = tuple(layers)
         self.neighbourhood = neighbourhood
-        last_blocks = [getattr(network, layer)[-1] for layer in layers]
-        self.channels = sum(
-            getattr(block, "conv3", block.conv2).out_channels for block in last_blocks
-        )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (N, 3, H, W) to features (N, C, h, w)."""
+        """Map normalised images (N, 3, H, W) to features (N, h, w, C), channels last."""
+        return self.join(self.outputs(images))
+
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """Join the layers' outputs to features (N, h, w, C), channels last."""
+        return self.around(torch.cat(self.on_one_grid(outputs), dim=1)).permute(0, 2, 3, 1)
+
+    def around(self, maps: Tensor) -> Tensor:
+        """Average maps (N, _, h, w) over the neighbourhood of every position."""
+        if self.neighbourhood == 1:
+            return maps
+        return F.avg_pool2d(
+            maps,
+            self.neighbourhood,
+            stride=1,
+            padding=self.neighbourhood // 2,
+            count_include_pad=False,
+        )
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """The layers' outputs, each on its own grid, (N, C_l, h_l, w_l)."""
         outputs = self.extractor(images.contiguous(memory_format=torch.channels_last))
-        size = outputs[self.layers[0]].shape[-2:]
+        return [outputs[layer] for layer in self.layers]
+
+    def on_one_grid(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Bring every map (N, _, h_l, w_l) to the grid of the first, (N, _, h, w)."""
+        height, width = outputs[0].shape[-2:]
+        size = (height, width)
         maps = []
-        for layer in self.layers:
-            features = outputs[layer]
+        for features in outputs:
             if features.shape[-1] > size[-1]:
                 features = F.adaptive_avg_pool2d(features, size)
-            if self.neighbourhood > 1:
-                features = F.avg_pool2d(
-                    features,
-                    self.neighbourhood,
-                    stride=1,
-                    padding=self.neighbourhood // 2,
-                    count_include_pad=False,
-                )
             if features.shape[-1] < size[-1]:
                 features = F.interpolate(features, size, mode="bilinear", align_corners=False)
             maps.append(features)
-        return torch.cat(maps, dim=1)
+        return maps
 
 
 class Standardise(nn.Module):
-    """Give every channel mean 0 and deviation about 1 over the normal images, and bound it.
+    """Give every channel mean 0 and deviation about 1 over the normal images.
 
     Some channels are almost always 0 and fire on a few positions. Divided by
     their tiny deviation alone, these would reach hundreds and upset every batch
     they are in. So 0.3 times the mean deviation of all channels is added to each
-    deviation, and the result is clipped to ±3. Until :meth:`fit` features pass
-    unchanged.
+    deviation. Until :meth:`fit` features pass unchanged.
 
     Parameters
     ----------
@@ -153,56 +197,103 @@ class Standardise(nn.Module):
     """
 
     FLOOR = 0.3
-    LIMIT = 3.0
 
     mean: Tensor
     std: Tensor
-    limit: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
-        self.register_buffer("limit", torch.tensor(torch.finfo(torch.float32).max))
 
-    def fit(self, features: FeatureMaps, images: Sequence[int]) -> None:
-        """Measure every channel over the cached ``images``; features is (n, h, w, C)."""
+    def fit(self, maps: Iterable[FeatureMap]) -> None:
+        """Measure every channel over cached maps (h, w, C)."""
+        count = 0
         total = torch.zeros(len(self.mean), dtype=torch.float64)
         squares = torch.zeros_like(total)
-        for image in images:
-            vectors = torch.from_numpy(features[image].copy()).float().flatten(0, 1)
+        for features in maps:
+            vectors = torch.from_numpy(features.copy()).float().flatten(0, 1)
             total += vectors.sum(dim=0)
             squares += vectors.square().sum(dim=0)
-        count = len(images) * features.shape[1] * features.shape[2]
+            count += len(vectors)
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
         self.mean.copy_(mean)
         self.std.copy_((std + self.FLOOR * std.mean()).clamp_min(1e-6))
-        self.limit.fill_(self.LIMIT)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardise features (N, C, h, w)."""
-        standard = features - self.mean[:, None, None]
-        # In place: on a processor a new array of this size costs more than the arithmetic.
-        return standard.div_(self.std[:, None, None]).clamp_(-self.limit, self.limit)
+        """Standardise features (..., C)."""
+        return (features - self.mean) / self.std
 
 
-def batches(dataset: ImageFiles) -> Iterator[dict[str, Tensor]]:
-    """Batches of ``dataset`` in order, each read while the one before is worked on.
+def batches(items: Iterable[Item]) -> Iterator[dict[str, Tensor]]:
+    """Batches of a dataset's items, each read while the one before is worked on.
 
     A thread reads them. Unlike processes it leaves nothing behind when the
     caller stops early, and notebooks need no guard around it.
     """
-    loader = iter(DataLoader(dataset, batch_size=FEATURE_BATCH))
+    waiting = iter(items)
+
+    def read() -> dict[str, Tensor] | None:
+        some = list(islice(waiting, FEATURE_BATCH))
+        return default_collate(some) if some else None
+
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(next, loader, None)
+        coming = reader.submit(read)
         while (batch := coming.result()) is not None:
-            coming = reader.submit(next, loader, None)
+            coming = reader.submit(read)
             yield batch
 
 
-#: Features of all images, (n, h, w, C) in half precision, read from disk as needed.
-FeatureMaps = np.ndarray[Any, np.dtype[np.float16]]
+#: Cached features of one image, (h, w, C) in half precision, read from disk as needed.
+FeatureMap = np.ndarray[Any, np.dtype[np.float16]]
+
+
+@dataclass
+class FeatureMaps(Sequence[FeatureMap]):
+    """Cached features of all images of a dataset, one map (h, w, C) an image.
+
+    Attributes
+    ----------
+    maps : list of ndarray
+        Mapped files: only the parts in use take up memory.
+    descriptions : ndarray
+        What each image looks like as a whole, (n, D): :func:`simplenet_lib.drift.describe`.
+    digests : list of str
+        SHA-256 of every image file.
+    """
+
+    maps: list[FeatureMap]
+    descriptions: NDArray[np.float32]
+    digests: list[str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, h, w, C), as of one array."""
+        return (len(self.maps), *self.maps[0].shape)
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The map of one image; of several, given as a slice or a list, one array of them."""
+        if isinstance(index, slice):
+            index = range(len(self))[index]
+        if isinstance(index, int | np.integer):
+            return self.maps[index]
+        return np.stack([self.maps[i] for i in index])
+
+    def vectors(self, positions: NDArray[np.int64]) -> FeatureMap:
+        """The vectors (B, C) at ``positions``, counted through all maps in order."""
+        _, height, width, channels = self.shape
+        image, place = np.divmod(positions, height * width)
+        result = np.empty((len(positions), channels), np.float16)
+        order = np.argsort(image, kind="stable")
+        borders = np.searchsorted(image[order], np.arange(len(self) + 1))
+        for number in np.unique(image):
+            rows = order[borders[number] : borders[number + 1]]
+            result[rows] = self.maps[number].reshape(-1, channels)[place[rows]]
+        return result
 
 
 def cache_folder() -> Path:
@@ -215,9 +306,10 @@ def cached_features(
 ) -> FeatureMaps:
     """Pass every image through the backbone once, ever.
 
-    The features lie in a file that is mapped into memory, so that only the
-    parts in use take up RAM. Its name is a hash of ``key`` and of every image
-    file's bytes; it appears under that name only when it is complete.
+    The features of an image lie in a file of their own. Its name is a hash of
+    ``key`` and of the image file's bytes, and it appears under that name only when
+    it is complete: another photo in the folder costs the features of one photo.
+    Every image file is read once, for its hash and, where needed, its pixels.
 
     Parameters
     ----------
@@ -230,93 +322,96 @@ def cached_features(
     progress : bool
         Show a progress bar on stderr.
 
-    Returns
-    -------
-    FeatureMaps
-        (n, h, w, C) of float16, read-only.
-
     Raises
     ------
     SimpleNetError
         If an image cannot be read or the cache cannot be written.
     """
-    digest = hashlib.sha256(key.encode())
-    for sample in dataset.samples:
-        try:
-            digest.update(sha256_of(sample.image).encode())
-        except OSError as error:
-            raise SimpleNetError(f"{sample.image}: could not be read ({error}).") from error
-    path = cache_folder() / f"{digest.hexdigest()}.npy"
-    try:
-        return _read_features(path)
-    except (OSError, EOFError, ValueError):  # not there, or damaged
-        pass
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_features(extractor, dataset, path, progress)
-        _forget_oldest(path)
-        return _read_features(path)
-    except OSError as error:
-        raise SimpleNetError(
-            f"{path.parent}: the feature cache could not be written ({error})."
-            " Free some space, or set SIMPLENET_CACHE to another folder."
-        ) from error
+    folder = cache_folder()
+    found: dict[int, tuple[FeatureMap, NDArray[np.float32]]] = {}
+    digests: dict[int, str] = {}
 
+    def entry(index: int) -> Path:
+        return folder / (hashlib.sha256(f"{key}\n{digests[index]}".encode()).hexdigest() + ".npy")
 
-def _read_features(path: Path) -> FeatureMaps:
-    features: FeatureMaps = np.load(path, mmap_mode="r", allow_pickle=False)
-    with suppress(OSError):  # the folder may be another user's
-        os.utime(path)  # the most recently used entry is forgotten last
-    return features
+    def missing() -> Iterator[Item]:
+        for index, sample in enumerate(dataset.samples):
+            data = read_file(sample.image)
+            digests[index] = hashlib.sha256(data).hexdigest()
+            try:
+                found[index] = _read_features(entry(index))
+            except (OSError, EOFError, ValueError):  # not there, or damaged
+                yield dataset.item(index, data)
 
-
-def _write_features(
-    extractor: FrozenFeatures, dataset: ImageFiles, path: Path, progress: bool
-) -> None:
     device = next(extractor.parameters()).device
-    # Process numbers alone can clash on a disk that several machines share.
-    partial = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        # Plain writes, not a writable memory map: on a full disk a write raises
-        # an error that can be caught, a memory map kills the process.
-        with (
-            partial.open("wb") as file,
-            tqdm(total=len(dataset), desc="features", unit="image", disable=not progress) as bar,
-        ):
-            for batch in batches(dataset):
-                features = extractor(batch["image"].to(device)).permute(0, 2, 3, 1)
-                half = features.half().cpu().contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(dataset), desc="features", unit="image", disable=not progress) as bar:
+            for batch in batches(missing()):
+                images = batch["image"].to(device)
+                with torch.inference_mode():
+                    outputs = extractor.outputs(images)
+                    half = extractor.join(outputs).half().cpu().contiguous()
+                    descriptions = describe(images, outputs[0]).cpu()
                 # Features come from a ReLU and are never negative: the largest one says it all.
                 if not torch.isfinite(half.amax()):
                     raise SimpleNetError("the features overflow half precision: wrong weights?")
-                values = half.numpy()
-                if file.tell() == 0:
-                    shape = (len(dataset), *values.shape[1:])
-                    needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
-                    if needed > free:
-                        raise OSError(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-                    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                for image in values:  # Linux writes a whole batch at once five times slower
-                    file.write(image.data)
-                bar.update(len(values))
-            file.flush()
-            os.fsync(file.fileno())
+                for index, *arrays in zip(
+                    batch["index"].tolist(), half.numpy(), descriptions.numpy(), strict=True
+                ):
+                    _write_features(entry(index), arrays)
+                    found[index] = _read_features(entry(index))
+                bar.update(len(found) - bar.n)
+            bar.update(len(found) - bar.n)
+        _forget_oldest({entry(index) for index in found})
+    except OSError as error:
+        raise SimpleNetError(
+            f"{folder}: the feature cache could not be written ({error})."
+            " Free some space, or set SIMPLENET_CACHE to another folder."
+        ) from error
+    every = range(len(dataset))
+    return FeatureMaps(
+        [found[index][0] for index in every],
+        np.stack([found[index][1] for index in every]),
+        [digests[index] for index in every],
+    )
+
+
+def _read_features(path: Path) -> tuple[FeatureMap, NDArray[np.float32]]:
+    """Features and description of one image, as :func:`_write_features` wrote them."""
+    features: FeatureMap = np.load(path, mmap_mode="r", allow_pickle=False)
+    with path.open("rb") as file:
+        file.seek(features.offset + features.nbytes)  # type: ignore[attr-defined]
+        description: NDArray[np.float32] = np.load(file, allow_pickle=False)
+    with suppress(OSError):  # the folder may be another user's
+        os.utime(path)  # the most recently used entry is forgotten last
+    return features, description
+
+
+def _write_features(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
+    # Process numbers alone can clash on a disk that several machines share.
+    partial = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        # A plain write, not a writable memory map: on a full disk a write raises
+        # an error that can be caught, a memory map kills the process.
+        with partial.open("wb") as file:
+            for values in arrays:
+                np.save(file, values, allow_pickle=False)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _forget_oldest(newest: Path) -> None:
+def _forget_oldest(in_use: set[Path]) -> None:
     """Remove the least recently used entries beyond the cache's size limit."""
     # A hash is 64 digits: the folder may also hold files of the user's own. What a
     # killed process left behind ends in .partial and counts as well.
     entries = []
-    for entry in newest.parent.glob("[0-9a-f]" * 64 + ".*"):
+    for entry in cache_folder().glob("[0-9a-f]" * 64 + ".*"):
         with suppress(FileNotFoundError):  # another process may forget entries, too
             entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry))
     size = sum(entry_size for _, entry_size, _ in entries)
     for _, entry_size, entry in sorted(entries):
-        if size > CACHE_LIMIT_BYTES and entry != newest:
+        if size > CACHE_LIMIT_BYTES and entry not in in_use:
             size -= entry_size
             entry.unlink(missing_ok=True)

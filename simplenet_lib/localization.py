@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,59 +14,48 @@ from tqdm import tqdm
 
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample
+from simplenet_lib.drift import describe
 from simplenet_lib.features import batches
 from simplenet_lib.metrics import image_metrics, pixel_metrics
 from simplenet_lib.model import SimpleNet
 
 
-def anomaly_map(scores: Tensor, size: int, smoothing: float) -> Tensor:
+def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -> Tensor:
     """Upsample a score map to the image and smooth it (paper, section 3.6).
 
     Smoothing averages noise away, but less so where it sees less of the map. A
     map that is mirrored at its border therefore has its chance maxima there. So
-    outside of the image we assume the map's median.
+    outside of the image we assume 0, the mean of a normal image's map.
 
     Parameters
     ----------
     scores : Tensor
-        Score map -D(z), (N, h, w): high is anomalous.
-    size : int
-        Side of the network's input in pixels.
+        Score map of a committee, (N, h, w): high is anomalous, 0 is normal on average.
+    size : int or (int, int)
+        Height and width of the network's input in pixels; one number for a square.
     smoothing : float
         Standard deviation of the Gaussian in pixels; 0 for none.
 
     Returns
     -------
     Tensor
-        Anomaly map, (N, size, size).
+        Anomaly map, (N, height, width).
     """
-    maps = F.interpolate(scores[:, None], (size, size), mode="bilinear", align_corners=False)
+    maps = F.interpolate(scores[:, None], size, mode="bilinear", align_corners=False)
     if smoothing > 0:
         radius = math.ceil(3 * smoothing)
         offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
         kernel = torch.exp(-0.5 * (offsets / smoothing).square())
         kernel = kernel / kernel.sum()
-        # Beyond its border a map goes on as it typically is: with its median.
-        typical = maps.flatten(1).median(dim=1).values[:, None, None, None]
-        maps = F.pad(maps - typical, (radius, radius, radius, radius))
         # A Gaussian is separable: one pass along the rows, one along the columns.
-        maps = F.conv2d(F.conv2d(maps, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-        maps = maps + typical
+        maps = F.conv2d(maps, kernel.view(1, 1, 1, -1), padding=(0, radius))
+        maps = F.conv2d(maps, kernel.view(1, 1, -1, 1), padding=(radius, 0))
     return maps[:, 0]
 
 
 def image_score(maps: Tensor) -> Tensor:
     """Score an image by the maximum of its anomaly map: (N, H, W) to (N,)."""
     return maps.amax(dim=(1, 2))
-
-
-def background(maps: Tensor) -> Tensor:
-    """Median of each anomaly map: (N, H, W) to (N,).
-
-    A defect covers a small part of an image and hardly moves the median. What
-    raises it is a change of the whole picture: light, focus, camera, product.
-    """
-    return maps.flatten(1).median(dim=1).values
 
 
 def threshold(normal_scores: Tensor, quantile: float) -> float:
@@ -95,13 +84,16 @@ class Prediction:
     sample : Sample
         The image on disk.
     score : float
-        Maximum of the anomaly map.
+        Maximum of the anomaly map: about 0 for a typical normal image, 1 at the threshold.
     anomalous : bool
-        Whether the score is above the model's threshold.
+        Whether the score is above 1.
     map : ndarray
-        Anomaly map, (crop, crop) of float32: the central cut-out that the network saw.
+        Anomaly map, (height, width) of float32, of what the network saw, on the same scale.
     mask : ndarray
         Ground truth on the same pixels, bool; all False without a mask.
+    unfamiliar : list of str
+        In what way the photo as a whole looks unlike the training photos, mostly in none:
+        see :class:`simplenet_lib.drift.Drift`. If in any, do not trust the verdict.
     """
 
     sample: Sample
@@ -109,6 +101,7 @@ class Prediction:
     anomalous: bool
     map: np.ndarray[tuple[int, int], np.dtype[np.float32]]
     mask: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
+    unfamiliar: list[str]
 
 
 @torch.inference_mode()
@@ -131,17 +124,21 @@ def predict(
     device = next(model.parameters()).device
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
         for batch in batches(dataset):
-            scores = model(batch["image"].to(device))
-            maps = anomaly_map(scores, config.crop, config.smoothing).cpu()
-            for index, map_, score, mask in zip(
+            images = batch["image"].to(device)
+            outputs = model.features.outputs(images)
+            scores = model.committee(model.score_maps(outputs))
+            drift = model.drift(describe(images, outputs[0]))
+            maps = model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
+            for index, map_, score, mask, unfamiliar in zip(
                 batch["index"].tolist(),
                 maps.numpy(),
                 image_score(maps).tolist(),
                 batch["mask"].numpy(),
+                drift,
                 strict=True,
             ):
                 sample = dataset.samples[index]
-                yield Prediction(sample, score, score > model.threshold, map_, mask)
+                yield Prediction(sample, score, score > 1, map_, mask, unfamiliar)
                 bar.update()
 
 
@@ -150,13 +147,10 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Prediction]]:
     """Predict a test split and compare with its labels and masks.
 
-    Masks and maps are compared on the pixels the network saw.
-
     Returns
     -------
     metrics : dict of str to float
-        ``image_auroc``, ``image_ap``, ``image_f1max``, and with masks also
-        ``pixel_auroc``, ``pixel_ap`` and ``aupro``; all between 0 and 1.
+        See :func:`metrics_of`.
     predictions : list of Prediction
         One for every image.
 
@@ -170,7 +164,20 @@ def evaluate(
         missing = "images with a defect" if not labels.any() else "normal images (test/good)"
         raise SimpleNetError(f"the test split holds no {missing}: nothing to evaluate against.")
     predictions = list(predict(model, dataset, progress=progress))
-    metrics = image_metrics(labels, np.array([p.score for p in predictions]))
-    if dataset.has_masks:
+    return metrics_of(predictions), predictions
+
+
+def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Compare predictions with the truth, masks and maps on the pixels the network saw.
+
+    Returns
+    -------
+    dict of str to float
+        ``image_auroc``, ``image_ap``, ``image_f1max``, and if every defect has a mask
+        also ``pixel_auroc``, ``pixel_ap`` and ``aupro``; all between 0 and 1.
+    """
+    labels = np.array([prediction.sample.label for prediction in predictions])
+    metrics = image_metrics(labels, np.array([prediction.score for prediction in predictions]))
+    if all(p.sample.mask is not None for p in predictions if p.sample.label):
         metrics |= pixel_metrics([p.mask for p in predictions], [p.map for p in predictions])
-    return metrics, predictions
+    return metrics

@@ -25,3 +25,26 @@ def margin_loss(normal: Tensor, noisy: Tensor, margin: float = 0.5) -> Tensor:
         The loss, a scalar.
     """
     return F.relu(margin - normal).mean() + F.relu(margin + noisy).mean()
+
+
+def cross_entropy_loss(normal: Tensor, noisy: Tensor) -> Tensor:
+    """Cross-entropy with D as the logit of "normal": mean of log(1 + e^-D(z)) and log(1 + e^D(z')).
+
+    Unlike the margin loss it never calls a score good enough. Its best D is the
+    logarithm of the ratio of the two densities, everywhere, and not only its sign.
+
+    Parameters
+    ----------
+    normal, noisy : Tensor
+        Scores D(z) of normal vectors and D(z') of noisy ones, (B,).
+
+    Returns
+    -------
+    Tensor
+        The loss, a scalar; 2 log 2 for a discriminator that answers 0 everywhere.
+
+    References
+    ----------
+    Gutmann, Hyvärinen: Noise-contrastive estimation, AISTATS 2010.
+    """
+    return F.softplus(-normal).mean() + F.softplus(noisy).mean()

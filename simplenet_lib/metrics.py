@@ -141,6 +141,87 @@ def aupro(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike], limit: float = 
     return _area(curves, curves.pro, limit)
 
 
+def auroc_deviation(auroc: float, normal: int, defect: int) -> float:
+    """Standard deviation of an AUROC over other test images of the same kind.
+
+    Parameters
+    ----------
+    auroc : float
+        Measured, 0..1.
+    normal, defect : int
+        How many test images of each kind it was measured on.
+
+    References
+    ----------
+    Hanley, McNeil: The meaning and use of the area under a receiver operating
+    characteristic (ROC) curve, Radiology 143, 1982, equation 1.
+    """
+    one = auroc / (2 - auroc)  # a normal image below two defects
+    two = 2 * auroc**2 / (1 + auroc)  # a defect above two normal images
+    variance = auroc * (1 - auroc) + (defect - 1) * (one - auroc**2)
+    variance += (normal - 1) * (two - auroc**2)
+    return float(np.sqrt(max(variance, 0.0) / (normal * defect)))
+
+
+def pixel_deviations(
+    masks: Sequence[ArrayLike], maps: Sequence[ArrayLike], rounds: int = 200, seed: int = 0
+) -> dict[str, float]:
+    """Standard deviation of pixel AUROC and AUPRO over other test images: a bootstrap.
+
+    Whole images are drawn with replacement, those with a defect apart from those
+    without. Scores are sorted into 2,000 equally filled bins, which moves a metric
+    by less than a thousandth.
+
+    Parameters
+    ----------
+    masks, maps : sequences of array_like, each (H, W)
+        As in :func:`pixel_metrics`.
+    rounds : int
+        How many times the images are drawn.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    dict of str to float
+        ``pixel_auroc`` and ``aupro``.
+    """
+    scores = [np.asarray(map_, dtype=np.float64) for map_ in maps]
+    sample = np.concatenate([values.ravel()[::7] for values in scores])
+    edges = np.unique(np.quantile(sample, np.linspace(0, 1, 2001)[1:-1]))
+    bins = len(edges) + 1
+    normal, defect, share = (np.zeros((len(maps), bins)) for _ in range(3))
+    regions = np.zeros(len(maps))
+    for index, (mask_like, values) in enumerate(zip(masks, scores, strict=True)):
+        mask = np.asarray(mask_like, dtype=bool)
+        place = np.searchsorted(edges, values, side="right")
+        normal[index] = np.bincount(place[~mask], minlength=bins)
+        if mask.any():
+            labelled, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+            region = labelled[mask] - 1
+            weights = (1 / np.bincount(region))[region]
+            defect[index] = np.bincount(place[mask], minlength=bins)
+            share[index] = np.bincount(place[mask], weights, minlength=bins)
+            regions[index] = count
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros((rounds, len(maps)))
+    for kind in (regions > 0, regions == 0):
+        if kind.any():
+            size = int(kind.sum())
+            drawn[:, kind] = generator.multinomial(size, np.full(size, 1 / size), size=rounds)
+
+    def curve(histogram: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of what scores at least as high as each bin, highest first, from 0 to 1."""
+        total = np.cumsum((drawn @ histogram)[:, ::-1], axis=1)
+        return np.pad(total / total[:, -1:], ((0, 0), (1, 0)))
+
+    fpr, tpr, pro = curve(normal), curve(defect), curve(share)
+    limited = np.linspace(0, 0.3, 301)
+    auroc = [np.trapezoid(y, x) for x, y in zip(fpr, tpr, strict=True)]
+    aupro = [np.interp(limited, x, y).mean() for x, y in zip(fpr, pro, strict=True)]
+    return {"pixel_auroc": float(np.std(auroc, ddof=1)), "aupro": float(np.std(aupro, ddof=1))}
+
+
 @dataclass(frozen=True)
 class _Curves:
     """What is found at each of the T distinct scores of defect pixels, highest first.

@@ -6,69 +6,71 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from simplenet_lib.adaptor import Adaptor
 from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.discriminator import Discriminator
+from simplenet_lib.drift import Drift
 from simplenet_lib.features import FrozenFeatures, Standardise
-from simplenet_lib.noise import add_noise
+from simplenet_lib.noise import add_noise, random_seed
 from simplenet_lib.weights import Weights, find_weights
 
-CHECKPOINT_FORMAT = "simplenet-2"
-SCALE = ("threshold", "typical", "background")  # what held-out normal images look like
+CHECKPOINT_FORMAT = "simplenet-3"
+SCALE = ("typical", "threshold")  # what normal images score
+INITIAL = 0  # stream of random numbers: the initial parameters
 
 
 class Head(nn.Module):
-    """What is trained: standardisation, adaptor and discriminator on frozen features.
+    """What is trained: adaptor and discriminator, on single standardised feature vectors.
 
     Parameters
     ----------
     channels : int
         Channels C of the frozen features.
     config : Config
-        Widths, noise and whether to standardise.
+        Widths, noise, and the scale on which the adaptor starts.
     """
 
     def __init__(self, channels: int, config: Config) -> None:
         super().__init__()
         self.sigma = config.sigma
-        self.standardise = Standardise(channels)
         self.adaptor = Adaptor(channels, config.adaptor_channels)
         self.discriminator = Discriminator(
             config.adaptor_channels, config.hidden_channels, batchnorm=config.batchnorm
         )
+        with torch.no_grad():  # the discriminator still starts on inputs of about 1
+            self.adaptor.linear.weight.mul_(config.adaptor_scale)
+            self.discriminator.hidden.weight.div_(config.adaptor_scale)
 
-    def adapt(self, features: Tensor) -> Tensor:
-        """Map frozen features (N, C, h, w) to adapted vectors (N*h*w, A), one a position."""
-        adapted: Tensor = self.adaptor(self.standardise(features))
-        return adapted.permute(0, 2, 3, 1).flatten(0, 2)
-
-    def normal_and_noisy(self, features: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def normal_and_noisy(self, vectors: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Score adapted vectors, and the same vectors with noise added: D(z) and D(z').
 
         Gradients reach the adaptor through both. Both halves pass the
         discriminator in one batch, so that BatchNorm treats them alike.
         """
-        normal = self.adapt(features)
+        normal = self.adaptor(vectors)
         noisy = add_noise(normal, self.sigma, generator)
         scores = self.discriminator(torch.cat([normal, noisy]))
         return scores[: len(normal)], scores[len(normal) :]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Score map -D(z), (N, h, w), of frozen features (N, C, h, w): high is anomalous."""
-        count, _, height, width = features.shape
-        scores: Tensor = -self.discriminator(self.adapt(features))
-        return scores.view(count, height, width)
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Score -D(z), (...), of standardised features (..., C): high is anomalous."""
+        scores: Tensor = -self.discriminator(self.adaptor(vectors))
+        return scores
 
 
 class SimpleNet(nn.Module):
-    """Frozen features and the head on top of them (paper, section 3).
+    """Frozen features and a committee of heads on top of them (paper, section 3).
+
+    The paper has one head. Far from normal features its scores are extrapolation,
+    and each head extrapolates in its own way; their mean is steadier and better.
 
     Parameters
     ----------
@@ -79,15 +81,25 @@ class SimpleNet(nn.Module):
 
     Attributes
     ----------
-    threshold : float
-        Images that score above it count as anomalous; NaN before training.
-    typical : float
-        Median anomaly map value of held-out normal images: where the scale of
-        an overlay begins. NaN before training.
-    background : float
-        Highest :func:`~simplenet_lib.localization.background` of some normal images, the
-        held-out ones first; an image above it looks unlike them as a whole. NaN before training.
+    centre, spread : Tensor
+        Mean and standard deviation of each head's scores on normal images it has not
+        seen, (K,).
+    level, scale : Tensor
+        Mean and typical upper deviation of the committee's score on normal images at
+        every position, (h, w), in units of the spread.
+    drift : Drift
+        What the training photos look like as a whole.
+    typical, threshold : float
+        Image score of the typical normal image, and the one above which an image
+        counts as anomalous, in units of the scale; NaN before training. Anomaly maps
+        are given on the scale where these two are 0 and 1.
     """
+
+    centre: Tensor
+    spread: Tensor
+    level: Tensor
+    scale: Tensor
+    heads: Sequence[Head]
 
     def __init__(self, config: Config, weights: Weights) -> None:
         super().__init__()
@@ -95,23 +107,76 @@ class SimpleNet(nn.Module):
         self.weights_digest = weights.digest
         with torch.random.fork_rng(devices=[]):
             self.features = FrozenFeatures(
-                config.backbone, config.layers, weights, config.neighbourhood
+                config.backbone, config.layers, weights, config.neighbourhood, config.border
             )
-            torch.manual_seed(config.seed)
-            self.head = Head(self.features.channels, config)
-        self.threshold = math.nan
+            self.standardise = Standardise(self.features.channels)
+            heads = []
+            for number in range(config.heads):
+                torch.manual_seed(random_seed(config.seed, INITIAL, number))
+                heads.append(Head(self.features.channels, config))
+        self.heads = nn.ModuleList(heads)  # type: ignore[assignment]
+        self.register_buffer("centre", torch.zeros(config.heads))
+        self.register_buffer("spread", torch.ones(config.heads))
+        self.register_buffer("level", torch.zeros(grid(config)))
+        self.register_buffer("scale", torch.ones(grid(config)))
+        self.drift = Drift(self.features.layer_channels[0])
         self.typical = math.nan
-        self.background = math.nan
+        self.threshold = math.nan
 
     def forward(self, images: Tensor) -> Tensor:
         """Score map (N, h, w) of normalised images (N, 3, H, W): high is anomalous."""
-        scores: Tensor = self.head(self.features(images))
-        return scores
+        return self.committee(self.score_maps(self.features.outputs(images)))
+
+    def score_maps(self, outputs: list[Tensor]) -> Tensor:
+        """Every head's score map -D(z), (K, N, h, w), from the layers' outputs.
+
+        As ``head(standardise(features.join(outputs)))``, with less arithmetic: standardising,
+        adapting and resampling are linear. So all heads' adaptors become one 1x1
+        convolution of each layer on that layer's own, smaller grid.
+        """
+        deviation = self.standardise.std
+        adaptors = [head.adaptor.linear for head in self.heads]
+        weight = torch.cat([linear.weight for linear in adaptors]) / deviation
+        bias = torch.cat([linear.bias for linear in adaptors]) - weight @ self.standardise.mean
+        parts = torch.split(weight, [output.shape[1] for output in outputs], dim=1)
+        adapted = self.features.on_one_grid(
+            [
+                F.conv2d(output, part[:, :, None, None])
+                for output, part in zip(outputs, parts, strict=True)
+            ]
+        )
+        joined = self.features.around(torch.stack(adapted).sum(dim=0))
+        vectors = (joined.permute(0, 2, 3, 1) + bias).chunk(len(self.heads), dim=-1)
+        return torch.stack(
+            [-head.discriminator(z) for head, z in zip(self.heads, vectors, strict=True)]
+        )
+
+    def committee(self, maps: Tensor) -> Tensor:
+        """Score map (N, h, w) of all heads' maps (K, N, h, w): their mean, each in its units.
+
+        Where normal images score higher, or vary more, a score says less: the border of
+        the image, or a part that never looks twice the same. So every position has its
+        own level and scale.
+        """
+        units = (maps - self.centre[:, None, None, None]) / self.spread[:, None, None, None]
+        return (units.mean(dim=0) - self.level) / self.scale
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Anomaly maps or image scores on the scale of typical, 0, and threshold, 1."""
+        return (values - self.typical) / (self.threshold - self.typical)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything that training found; the backbone is not part of it."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("features.")
+        }
 
     def save(self, path: Path) -> None:
-        """Write head, configuration and threshold; the backbone's weights stay out."""
+        """Write heads, configuration and threshold; the backbone's weights stay out."""
         scale = {name: repr(getattr(self, name)) for name in SCALE}
-        write_checkpoint(path, self.head.state_dict(), {**self.identity(), **scale})
+        write_checkpoint(path, self.trained_state(), {**self.identity(), **scale})
 
     def identity(self) -> dict[str, str]:
         """Which network this is: format, configuration, and a digest of the weights."""
@@ -129,8 +194,9 @@ class SimpleNet(nn.Module):
                 self.weights_digest,
                 config.layers,
                 config.neighbourhood,
-                config.resize,
-                config.crop,
+                config.border,
+                config.size,
+                config.seen,
             ]
         )
 
@@ -164,7 +230,11 @@ class SimpleNet(nn.Module):
         # On the device "meta" nothing is allocated, however large the configuration says it is.
         with torch.device("meta"):
             channels = tensors.get("standardise.mean", torch.empty(1)).numel()
-            check_tensors(tensors, Head(channels, config).state_dict(), path)
+            head = Head(channels, config).state_dict()
+            sizes = {name: tensor.numel() for name, tensor in head.items()}
+        held = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("heads."))
+        if held != config.heads * sum(sizes.values()):
+            raise SimpleNetError(f"{path}: its heads do not fit its configuration.")
         found = find_weights(config.backbone, weights)
         if found.digest != metadata.get("weights"):
             raise SimpleNetError(
@@ -172,11 +242,19 @@ class SimpleNet(nn.Module):
                 f" {found.source}. Point SIMPLENET_WEIGHTS at the weights it was trained on."
             )
         model = cls(config, found)
-        check_tensors(tensors, model.head.state_dict(), path)
-        model.head.load_state_dict(tensors)
+        check_tensors(tensors, model.trained_state(), path)
+        model.load_state_dict(tensors, strict=False)
         for name, value in scale.items():
             setattr(model, name, value)
         return model.eval()
+
+
+def grid(config: Config) -> tuple[int, int]:
+    """Height h and width w of a score map: the grid of the first layer."""
+    strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+    height, width = config.seen
+    stride = strides.get(config.layers[0], 1)
+    return math.ceil(height / stride), math.ceil(width / stride)
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -228,13 +306,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 or not all(isinstance(value, str) for value in metadata.values())
                 or metadata.get("format") != CHECKPOINT_FORMAT
             ):
-                raise SimpleNetError(
-                    f"{path}: not a checkpoint of this program ({CHECKPOINT_FORMAT})."
-                )
+                raise SimpleNetError(_not_ours(path, metadata))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise SimpleNetError(f"{path}: not a readable checkpoint ({error}).") from error
     return tensors, metadata
+
+
+def _not_ours(path: Path, metadata: object) -> str:
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if found in ("simplenet-1", "simplenet-2"):
+        return (
+            f"{path}: a model of an earlier version ({found}); this one reads"
+            f" {CHECKPOINT_FORMAT}. Train it again with the same command."
+        )
+    return f"{path}: not a checkpoint of this program ({CHECKPOINT_FORMAT})."
 
 
 def check_tensors(

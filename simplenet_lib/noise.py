@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -21,3 +22,21 @@ def add_noise(features: Tensor, sigma: float, generator: Generator | None = None
     noise = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     noise.normal_(0.0, sigma, generator=generator)
     return features + noise
+
+
+def random_seed(seed: int, *stream: int) -> int:
+    """A seed for one stream of random numbers, independent of every other stream's.
+
+    Parameters
+    ----------
+    seed : int
+        The seed of the configuration.
+    stream : int
+        Where the numbers are needed, such as the head, the purpose and the step.
+
+    References
+    ----------
+    ``numpy.random.SeedSequence``, which spreads the streams.
+    """
+    state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
+    return int(state[0]) % 2**63

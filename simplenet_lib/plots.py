@@ -49,19 +49,21 @@ def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, in
     tuple of int
         Left, top, right, bottom in pixels.
     """
-    offset = round((config.resize - config.crop) / 2)  # as CenterCrop rounds it
-    left, right = (round(width * at / config.resize) for at in (offset, offset + config.crop))
-    top, bottom = (round(height * at / config.resize) for at in (offset, offset + config.crop))
+    edges = []
+    for length, whole, seen in zip(
+        (width, height), config.size[::-1], config.seen[::-1], strict=True
+    ):
+        offset = round((whole - seen) / 2)  # as CenterCrop rounds it
+        edges.append([round(length * at / whole) for at in (offset, offset + seen)])
+    (left, right), (top, bottom) = edges
     return left, top, right, bottom
 
 
-def overlay(
-    image: Image.Image, map_: Map, config: Config, typical: float, threshold: float
-) -> Image.Image:
+def overlay(image: Image.Image, map_: Map, config: Config) -> Image.Image:
     """Lay an anomaly map over its image, on a scale that is the same for all images.
 
-    The map is invisible where it is ``typical`` of normal images and opaque at
-    twice the threshold's distance from there; a line is drawn at the threshold.
+    The map is invisible at 0, the score of a typical normal image, and opaque at 2; a
+    line is drawn at 1, the threshold.
 
     Parameters
     ----------
@@ -71,8 +73,6 @@ def overlay(
         Anomaly map of the part that the network sees, see :func:`seen_box`.
     config : Config
         The configuration of the model.
-    typical, threshold : float
-        The model's scale.
 
     Returns
     -------
@@ -81,8 +81,7 @@ def overlay(
     """
     box = seen_box(*image.size, config)
     size = (box[2] - box[0], box[3] - box[1])
-    excess = (map_ - typical) / max(threshold - typical, 1e-9)
-    resized = Image.fromarray(excess.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    resized = Image.fromarray(map_.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
     level = np.asarray(resized)
     colour = matplotlib.colormaps["inferno"](np.clip(level / 2, 0, 1), bytes=True)[..., :3]
     opacity = np.clip(level / 2, 0, 1) * 200
@@ -112,9 +111,7 @@ def _outline(region: Image.Image) -> Image.Image:
     return ImageChops.darker(edge, region)
 
 
-def gallery(
-    predictions: Sequence[Prediction], config: Config, typical: float, threshold: float
-) -> Figure:
+def gallery(predictions: Sequence[Prediction], config: Config) -> Figure:
     """One column a prediction: the image, the marked defect, the anomaly map.
 
     Parameters
@@ -123,8 +120,6 @@ def gallery(
         What to show, at most a dozen.
     config : Config
         The configuration of the model.
-    typical, threshold : float
-        The model's scale, see :func:`overlay`.
     """
     columns = len(predictions)
     figure, axes = plt.subplots(
@@ -134,7 +129,7 @@ def gallery(
         sample = prediction.sample
         image = read_image(sample.image)
         seen = image.crop(seen_box(*image.size, config))
-        result = overlay(image, prediction.map, config, typical, threshold)
+        result = overlay(image, prediction.map, config)
         column[0].imshow(image)
         column[1].imshow(seen.resize(prediction.mask.shape[::-1]))
         if prediction.mask.any():
