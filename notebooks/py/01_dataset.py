@@ -46,9 +46,10 @@ if importlib.util.find_spec("simplenet_lib") is None:
     subprocess.run(command, check=True)
 
 # %%
+import io
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -295,17 +296,28 @@ def image_files(folder: Path) -> list[Path]:
 #
 # `Image.open(path).convert("RGB")` reads most images. Cameras are less uniform than that: some save
 # grey images, some save 16 bits, some save a picture lying on its side with a note about how to
-# turn it. And a damaged file should be named. `_open` takes care of the turning and the naming.
-# `read_image` takes care of the rest: whatever is in the file, you get 8-bit RGB.
+# turn it. And a damaged file should be named. `read_file` and `_open` take care of the turning and
+# the naming. `read_image` takes care of the rest: whatever is in the file, you get 8-bit RGB. Who
+# has read the file's bytes already, as the cache of [chapter 2](02_features.ipynb) has, hands them
+# over as `data`.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
 
 
-def _open(path: Path) -> Image.Image:
-    """Decode an image completely and turn it upright."""
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file."""
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        return path.read_bytes()
+    except OSError as error:
+        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+
+
+def _open(path: Path, data: bytes | None = None) -> Image.Image:
+    """Decode an image completely and turn it upright; ``data`` are its bytes, if already read."""
+    data = read_file(path) if data is None else data
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:  # Pillow's decoders raise many types on damaged files
@@ -313,9 +325,9 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, data: bytes | None = None) -> Image.Image:
     """Read an image of 8 or 16 bits, grey, palette or colour, as upright 8-bit RGB."""
-    image = _open(path)
+    image = _open(path, data)
     if image.mode == "F":
         raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
     if image.mode.startswith("I"):  # 16 bit: 65535 is white
@@ -375,7 +387,7 @@ print("label:", scratch.label)
 # %% [markdown]
 # ### Transforming both together
 #
-# The network wants square images of one size, with normalised values. Whatever moves the pixels of
+# The network wants images of one size, with normalised values. Whatever moves the pixels of
 # an image must move its mask in the same way, or the mask marks the wrong place. But the two are
 # not *resized* in the same way. Take this mask of 4 x 4 pixels and halve it:
 
@@ -411,11 +423,11 @@ small_image, small_mask = v2.Resize((2, 2))(wrapped)
 print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 
 # %% [markdown]
-# The library's transform is four of those steps. It resizes to a square (a picture that is not
-# square is stretched, its mask too), cuts out the centre, turns the image's bytes into floats from
-# 0 to 1 (`"others"`, the mask, stays as it is), and normalises each colour. The mean and the standard deviation for that last step are
-# those of the network of [chapter 2](02_features.ipynb), which was trained on images normalised in
-# this way.
+# The library's transform is four of those steps. It resizes to the height and width asked for (one
+# number stands for a square; a picture of another shape is stretched, its mask too), cuts out the
+# centre, turns the image's bytes into floats from 0 to 1 (`"others"`, the mask, stays as it is), and
+# normalises each colour. The mean and the standard deviation for that last step are those of the
+# network of [chapter 2](02_features.ipynb), which was trained on images normalised in this way.
 #
 # What it returns is a function, which the library calls a `Transform`: it takes an image and a mask
 # and returns both.
@@ -427,11 +439,12 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 # simplenet_lib/dataset.py
 
 
-def make_transform(resize: int, crop: int) -> Transform:
-    """Resize to a square, cut out its centre, normalise; image and mask together."""
+def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> Transform:
+    """Resize, cut out the centre, normalise; image and mask together."""
+    height, width = (size, size) if isinstance(size, int) else size
     transform: Transform = v2.Compose(
         [
-            v2.Resize((resize, resize), antialias=True),
+            v2.Resize((height, width), antialias=True),
             v2.CenterCrop(crop),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
@@ -446,7 +459,7 @@ def make_transform(resize: int, crop: int) -> Transform:
 # A PyTorch `Dataset` needs a length and a way to fetch one item. Ours reads the two files, checks
 # that they have the same size, transforms them together and returns a dictionary. A good image has
 # no mask on disk; it gets an empty one, so that every item has the same parts and a loader can
-# stack them.
+# stack them. All this happens in `item`, so that bytes which have been read already can be used.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -472,8 +485,15 @@ class ImageFiles(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
+        return self.item(index)
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self.item, range(len(self)))
+
+    def item(self, index: int, data: bytes | None = None) -> Item:
+        """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
-        picture, marked = _read(sample)
+        picture, marked = _read(sample, data)
         image, mask = self.transform(
             tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
             tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
@@ -486,9 +506,9 @@ class ImageFiles(Dataset[Item]):
         }
 
 
-def _read(sample: Sample) -> tuple[Image.Image, Image.Image]:
+def _read(sample: Sample, data: bytes | None = None) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
-    picture = read_image(sample.image)
+    picture = read_image(sample.image, data)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
     mask = read_mask(sample.mask)

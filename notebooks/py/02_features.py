@@ -46,7 +46,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
 
 # %%
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -64,7 +64,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.dataset import AnomalyDataset, make_transform
-from simplenet_lib.features import FeatureMaps, cache_folder
+from simplenet_lib.features import FeatureMap, cache_folder
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
 from simplenet_lib.weights import (
@@ -177,7 +177,8 @@ print("nearest:  ", distances.amin(dim=1).tolist())
 # class, `FrozenFeatures`, does this.
 #
 # The paper puts one more step before: it averages each position with its neighbours, 3x3 in its
-# experiments. The option `neighbourhood` below does that. In this chapter it is 1: no averaging.
+# experiments. The option `neighbourhood` below does that after joining, on the grid of layer2. In
+# this chapter it is 1: no averaging.
 #
 # What is *not* in the paper is the last section of "Build it", the scale of the channels.
 
@@ -464,19 +465,60 @@ fine_row = F.interpolate(coarse_row, 6, mode="linear", align_corners=False)
 print(fine_row.flatten().tolist())
 
 # %% [markdown]
+# ### Beyond the border
+#
+# A 3x3 convolution at the border of its map needs values from outside. The network takes zeros
+# there, and no photo looks like that. The library can have it see the map mirrored at its border
+# instead (`border="reflect"`; the default of the class is `"zeros"`):
+
+
+# %% tags=["library"]
+# simplenet_lib/features.py
+
+
+def reflect_border(network: nn.Module) -> None:
+    """Have every convolution see its map mirrored at the border, in place of zeros."""
+    for parent in list(network.modules()):
+        for name, conv in list(parent.named_children()):
+            if isinstance(conv, nn.Conv2d) and conv.padding != (0, 0):
+                side = int(conv.padding[0])  # a ResNet's kernels are square
+                conv.padding = (0, 0)
+                setattr(parent, name, nn.Sequential(nn.ReflectionPad2d(side), conv))
+
+
+# %% [markdown]
+# Try it on an even map of ones, under a 3x3 convolution whose weights are all 1. Inside, nine ones
+# add up. With zeros around, a corner has only four of them and an edge six; mirrored, all have nine.
+
+# %%
+small = nn.Sequential(nn.Conv2d(1, 1, kernel_size=3, padding=1, bias=False))
+nn.init.ones_(small[0].weight)
+even = torch.ones(1, 1, 4, 4)
+with torch.no_grad():
+    print("zeros:   ", small(even)[0, 0, :2].int().tolist(), "...")
+    reflect_border(small)
+    print("mirrored:", small(even)[0, 0, :2].int().tolist(), "...")
+
+# %% [markdown]
+# ### All of it in one class
+#
 # Now the class of the library. It is what you have seen so far, in one place:
 #
-# - The backbone is built, its BatchNorm is folded away, it is cut by `create_feature_extractor`, and
-#   no parameter has a gradient. A training loop may call `model.train()`: nothing in here has two
-#   modes any more.
-# - `forward` returns `(N, 1536, 32, 32)` for our images. The first layer named sets the grid. A
-#   finer layer is averaged down to it, a coarser one is interpolated up.
-# - `neighbourhood` averages every layer over a square of so many positions a side; 1 leaves it
-#   alone.
+# - The backbone is built, its BatchNorm is folded away, its border is mirrored if you ask for it, it
+#   is cut by `create_feature_extractor`, and no parameter has a gradient. A training loop may call
+#   `model.train()`: nothing in here has two modes any more.
+# - `outputs` returns each layer on its own grid, `on_one_grid` brings them all to the grid of the
+#   first layer named: a finer layer is averaged down to it, a coarser one is interpolated up. `join`
+#   then joins their channels, and `forward` does all three.
+# - `forward` returns `(N, 32, 32, 1536)` for our images. From here on the channels are *last*:
+#   `features[n, i, j]` is the vector of one position.
+# - `around` averages the joined map over a square of `neighbourhood` positions a side; 1 leaves it
+#   alone. (The published code averages each layer on its own grid, before layer3 is enlarged.)
 # - `channels` adds up the layers' channels, read off their last convolution: `conv3` in a bottleneck,
 #   `conv2` in the smaller blocks of a ResNet-18.
-# - `no_grad` saves the memory for a backward pass that never comes, and `channels_last` is only an
-#   order of numbers in memory that many processors like better.
+# - `no_grad` saves the memory for a backward pass that never comes. `channels_last` is an order of
+#   numbers in memory that many processors like better. The `permute` in `join` then only names the
+#   dimensions anew and moves no number.
 
 
 # %% tags=["library"]
@@ -487,7 +529,12 @@ class FrozenFeatures(nn.Module):
     """Outputs of a frozen backbone's layers on one grid (paper, section 3.1)."""
 
     def __init__(
-        self, backbone: str, layers: Sequence[str], weights: Weights, neighbourhood: int = 1
+        self,
+        backbone: str,
+        layers: Sequence[str],
+        weights: Weights,
+        neighbourhood: int = 1,
+        border: str = "zeros",
     ) -> None:
         super().__init__()
         network = build_backbone(backbone, weights)
@@ -496,38 +543,57 @@ class FrozenFeatures(nn.Module):
         for layer in layers:
             if layer not in known:
                 raise SimpleNetError(f"unknown layer '{layer}'. Known: {', '.join(known)}.")
+        last_blocks = [getattr(network, layer)[-1] for layer in layers]
+        self.layer_channels = [
+            getattr(block, "conv3", block.conv2).out_channels for block in last_blocks
+        ]
+        self.channels = sum(self.layer_channels)
+        if border == "reflect":
+            reflect_border(network)
         self.extractor = create_feature_extractor(network, {layer: layer for layer in layers})
         self.extractor.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.layers = tuple(layers)
         self.neighbourhood = neighbourhood
-        last_blocks = [getattr(network, layer)[-1] for layer in layers]
-        self.channels = sum(
-            getattr(block, "conv3", block.conv2).out_channels for block in last_blocks
-        )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (N, 3, H, W) to features (N, C, h, w)."""
+        """Map normalised images (N, 3, H, W) to features (N, h, w, C), channels last."""
+        return self.join(self.outputs(images))
+
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """Join the layers' outputs to features (N, h, w, C), channels last."""
+        return self.around(torch.cat(self.on_one_grid(outputs), dim=1)).permute(0, 2, 3, 1)
+
+    def around(self, maps: Tensor) -> Tensor:
+        """Average maps (N, _, h, w) over the neighbourhood of every position."""
+        if self.neighbourhood == 1:
+            return maps
+        return F.avg_pool2d(
+            maps,
+            self.neighbourhood,
+            stride=1,
+            padding=self.neighbourhood // 2,
+            count_include_pad=False,
+        )
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """The layers' outputs, each on its own grid, (N, C_l, h_l, w_l)."""
         outputs = self.extractor(images.contiguous(memory_format=torch.channels_last))
-        size = outputs[self.layers[0]].shape[-2:]
+        return [outputs[layer] for layer in self.layers]
+
+    def on_one_grid(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Bring every map (N, _, h_l, w_l) to the grid of the first, (N, _, h, w)."""
+        height, width = outputs[0].shape[-2:]
+        size = (height, width)
         maps = []
-        for layer in self.layers:
-            features = outputs[layer]
+        for features in outputs:
             if features.shape[-1] > size[-1]:
                 features = F.adaptive_avg_pool2d(features, size)
-            if self.neighbourhood > 1:
-                features = F.avg_pool2d(
-                    features,
-                    self.neighbourhood,
-                    stride=1,
-                    padding=self.neighbourhood // 2,
-                    count_include_pad=False,
-                )
             if features.shape[-1] < size[-1]:
                 features = F.interpolate(features, size, mode="bilinear", align_corners=False)
             maps.append(features)
-        return torch.cat(maps, dim=1)
+        return maps
 
 
 # %%
@@ -547,8 +613,8 @@ print("features of eight nuts:", tuple(nut_normal.shape))
 
 # %%
 def vectors(features):
-    """One row for every position: (N, C, h, w) to (N*h*w, C)."""
-    return features.permute(0, 2, 3, 1).flatten(0, 2)
+    """One row for every position: (N, h, w, C) to (N*h*w, C)."""
+    return features.flatten(0, 2)
 
 
 parts = {"layer2": slice(0, 512), "layer3": slice(512, 1536)}
@@ -615,7 +681,7 @@ print("OK: divided by its deviation alone, a channel passes 10 even on normal im
 # %% [markdown]
 # One such entry outweighs a hundred ordinary ones in any distance, and it is a normal image that
 # holds it. So the library adds 0.3 (`FLOOR`) times the *mean* deviation of all channels to each
-# deviation, and clips the result to ±3 (`LIMIT`). Work it through for three channels and four vectors:
+# deviation. Work it through for three channels and four vectors:
 #
 # | | channel 1 | channel 2 | channel 3 |
 # |---|---|---|---|
@@ -623,12 +689,13 @@ print("OK: divided by its deviation alone, a channel passes 10 even on normal im
 # | deviation (mean of the three: 4) | 10 | 2 | 0 |
 # | divisor: deviation + 0.3 · 4 | 11.2 | 3.2 | 1.2 |
 # | a new vector | 5.6 | -3.2 | 6 |
-# | standardised | 0.5 | -1 | 5, clipped to 3 |
+# | standardised | 0.5 | -1 | 5 |
 #
-# The silent third channel still says loudly that something is new, but it can no longer drown out
-# the rest. In the library the features lie in {term}`half precision` with the channels last,
-# `(n, h, w, C)`, an array that it calls `FeatureMaps`. `fit` measures them image by image, in double
-# precision. Until then the module passes features on unchanged.
+# Divided by its own deviation alone, the silent third channel would be infinite. It still says
+# loudly that something is new, but its divisor is at least 0.3 times the mean deviation. The library
+# keeps the features of an image in {term}`half precision`, an array `(h, w, C)` that it calls a
+# `FeatureMap`. `fit` takes such maps one after the other and adds up in double precision. Until then
+# the module passes features on unchanged.
 
 
 # %% tags=["library"]
@@ -636,50 +703,45 @@ print("OK: divided by its deviation alone, a channel passes 10 even on normal im
 
 
 class Standardise(nn.Module):
-    """Give every channel mean 0 and deviation about 1 over the normal images, and bound it."""
+    """Give every channel mean 0 and deviation about 1 over the normal images."""
 
     FLOOR = 0.3
-    LIMIT = 3.0
 
     mean: Tensor
     std: Tensor
-    limit: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
-        self.register_buffer("limit", torch.tensor(torch.finfo(torch.float32).max))
 
-    def fit(self, features: FeatureMaps, images: Sequence[int]) -> None:
-        """Measure every channel over the cached ``images``; features is (n, h, w, C)."""
+    def fit(self, maps: Iterable[FeatureMap]) -> None:
+        """Measure every channel over cached maps (h, w, C)."""
+        count = 0
         total = torch.zeros(len(self.mean), dtype=torch.float64)
         squares = torch.zeros_like(total)
-        for image in images:
-            vectors = torch.from_numpy(features[image].copy()).float().flatten(0, 1)
+        for features in maps:
+            vectors = torch.from_numpy(features.copy()).float().flatten(0, 1)
             total += vectors.sum(dim=0)
             squares += vectors.square().sum(dim=0)
-        count = len(images) * features.shape[1] * features.shape[2]
+            count += len(vectors)
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
         self.mean.copy_(mean)
         self.std.copy_((std + self.FLOOR * std.mean()).clamp_min(1e-6))
-        self.limit.fill_(self.LIMIT)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardise features (N, C, H, W)."""
-        standard = features - self.mean[:, None, None]
-        # In place: on a processor a new array of this size costs more than the arithmetic.
-        return standard.div_(self.std[:, None, None]).clamp_(-self.limit, self.limit)
+        """Standardise features (..., C)."""
+        return (features - self.mean) / self.std
 
 
 # %%
 four = np.array([[10, 2, 0], [-10, 2, 0], [10, -2, 0], [-10, -2, 0]], dtype=np.float16)
 toy = Standardise(3)
-toy.fit(four.reshape(1, 2, 2, 3), [0])
-new = torch.tensor([5.6, -3.2, 6.0]).view(1, 3, 1, 1)
+toy.fit([four.reshape(2, 2, 3)])  # one image with a grid of 2x2
+new = torch.tensor([5.6, -3.2, 6.0])
 print("divisors:    ", [round(value, 2) for value in toy.std.tolist()])
-print("standardised:", [round(value, 2) for value in toy(new).flatten().tolist()])
+print("standardised:", [round(value, 2) for value in toy(new).tolist()])
 
 # %% [markdown]
 # ## Check it
@@ -703,8 +765,8 @@ nearer = index // 2
 farther = (nearer + np.where(index % 2 == 0, -1, 1)).clip(0, 15)
 rows = 0.75 * caught["layer3"][:, :, nearer] + 0.25 * caught["layer3"][:, :, farther]
 enlarged = 0.75 * rows[..., nearer] + 0.25 * rows[..., farther]
-expected = torch.cat([caught["layer2"], enlarged], dim=1)
-assert expected.shape == (2, 1536, 32, 32)
+expected = torch.cat([caught["layer2"], enlarged], dim=1).permute(0, 2, 3, 1)
+assert expected.shape == (2, 32, 32, 1536)
 assert (frozen(pair) - expected).abs().max() < 1e-3
 assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
 print("OK: the features equal those of hooks, with layer3 enlarged by hand")
@@ -715,19 +777,14 @@ print("OK: no BatchNorm is left")
 # mean and deviation.
 
 # %%
-halved = {
-    name: features.permute(0, 2, 3, 1).half().numpy()
-    for name, features in (("nut", nut_normal), ("cloth", cloth_normal))
-}
+halved = {"nut": nut_normal.half().numpy(), "cloth": cloth_normal.half().numpy()}
 standardise = {name: Standardise(frozen.channels) for name in halved}
 for name, maps in halved.items():
-    standardise[name].fit(maps, range(len(maps)))
+    standardise[name].fit(maps)
     mean = maps.mean(axis=(0, 1, 2), dtype=np.float64)
     deviation = maps.std(axis=(0, 1, 2), dtype=np.float64)
-    divisor = deviation + 0.3 * deviation.mean()
-    expected = np.clip((maps[0] - mean) / divisor, -3, 3)
-    first = torch.from_numpy(maps[:1]).float().permute(0, 3, 1, 2)
-    found = standardise[name](first)[0].permute(1, 2, 0).numpy()
+    expected = (maps[0] - mean) / (deviation + 0.3 * deviation.mean())
+    found = standardise[name](torch.from_numpy(maps[0]).float()).numpy()
     assert np.abs(found - expected).max() < 1e-3
 print("OK: the standardised features equal NumPy's, for nut and for cloth")
 
@@ -757,7 +814,7 @@ for name, normal, defect in (
 print("components:", pca.components_.shape, "coloured grids:", len(columns))
 
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four images above, their coloured feature grids below: a good nut, a nut with a broken corner, good cloth, cloth with a hole. In the grids of the nuts, belt, nut face, rim and hole have different colours; the cloth is a regular pattern in which the hole stands out."}, "figure": {"caption": "Test images, and their standardised features reduced to three numbers a position. One colour scheme for each category.", "name": "fig-features-pca"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four images above, their coloured feature grids below: a good nut, a nut with a broken corner, good cloth, cloth with a hole. In the grids of the nuts, belt, nut face, rim and hole have different colours; the cloth is an even area with a border of other colours, in which the hole stands out."}, "figure": {"caption": "Test images, and their standardised features reduced to three numbers a position. One colour scheme for each category.", "name": "fig-features-pca"}}
 def picture(image):
     """Undo the normalisation: (3, H, W) to (H, W, 3), 0 to 1."""
     undone = image.permute(1, 2, 0) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
@@ -785,7 +842,8 @@ plt.show()
 # The backbone has never seen a nut of this data set, and nobody told it what a nut is. Still, belt,
 # hexagon and hole come out in different colours, and so does the hole in the cloth. You also see a
 # side effect: the outermost positions of the cloth have colours of their own, although the cloth is
-# the same there. Beyond the border of the image the convolutions see zeros.
+# the same there. Beyond the border of the image the convolutions see zeros. The library's default
+# preset mirrors the maps there; the first chapters keep the zeros, as the network was trained.
 #
 # ### The distance to the nearest normal feature
 #
@@ -807,7 +865,7 @@ def draw_memory(features, seed, size=512):
 
 def nearest(features, memory):
     """Distance of every position to its nearest neighbour in the memory, (N, h, w)."""
-    number, _, height, width = features.shape
+    number, height, width, _ = features.shape
     return torch.cdist(vectors(features), memory).amin(dim=1).view(number, height, width)
 
 
@@ -922,7 +980,7 @@ print(f"running mean of layer2.0.bn1:         {change(mean_after, mean_before):.
 
 # %%
 half_frozen.load_state_dict(before)
-whole = nn.Sequential(frozen, nn.Conv2d(1536, 512, 1))
+whole = nn.Sequential(frozen, nn.Linear(1536, 512))
 frozen_right = frozen(pair[:1])
 drift, steady = [0.0], [0.0]
 for _ in range(4):
@@ -960,7 +1018,7 @@ misplaced = FrozenFeatures("resnet50", ("layer2", "layer3"), replace(weights, st
 wrong = misplaced(pair)
 correct = frozen(pair)
 print("shapes are equal:", wrong.shape == correct.shape)
-changes = {layer: change(wrong[:, part], correct[:, part]) for layer, part in parts.items()}
+changes = {layer: change(wrong[..., part], correct[..., part]) for layer, part in parts.items()}
 assert min(changes.values()) > 0.1
 print("OK: but the features are not, in either layer")
 
@@ -1012,8 +1070,8 @@ alone = {}
 for layer, part in parts.items():
     values = []
     for seed in range(3):
-        memory = draw_memory(standard["normal"][:, part], seed)
-        scores = nearest(standard["test"][:, part], memory).amax(dim=(1, 2))
+        memory = draw_memory(standard["normal"][..., part], seed)
+        scores = nearest(standard["test"][..., part], memory).amax(dim=(1, 2))
         values.append(roc_auc_score(labels, scores))
     alone[layer] = np.mean(values)
 
@@ -1082,7 +1140,7 @@ assert enlarged_centres[20] == 156 and shift == 4
 # Some channels are almost always 0 on the normal images, so their deviation is close to 0. When
 # such a channel fires at a few positions, the quotient becomes huge and dominates every distance
 # and every batch, even on a normal image. A share of the mean deviation of all channels keeps the
-# divisor away from 0, and clipping bounds what is left.
+# divisor away from 0.
 #
 # </details>
 

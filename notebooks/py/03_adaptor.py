@@ -58,14 +58,32 @@ from torch import Tensor, nn
 
 from simplenet_lib.config import preset
 from simplenet_lib.dataset import AnomalyDataset, make_transform, read_image
-from simplenet_lib.features import cache_folder, cached_features
-from simplenet_lib.model import Head, SimpleNet
+from simplenet_lib.features import FeatureMaps, cache_folder, cached_features
+from simplenet_lib.model import SimpleNet
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
-from simplenet_lib.training import fit
+from simplenet_lib.training import fit, split_images
 from simplenet_lib.weights import find_weights
 
 use_book_style()
+
+# %%
+# One head with the margin loss, as these chapters build it; the library's default is a committee.
+ONE_HEAD = {
+    "resize": 320,
+    "crop": 320,
+    "border": "zeros",
+    "neighbourhood": 1,
+    "adaptor_channels": 256,
+    "hidden_channels": 256,
+    "sigma": 0.5,
+    "loss": "margin",
+    "heads": 1,
+    "steps": 100,
+    "batch_size": 2048,
+    "averaging": 0.0,
+    "smoothing": 5.0,
+}
 
 # %% [markdown]
 # ## The idea
@@ -146,22 +164,24 @@ plt.show()
 # three figures are transcribed from a secondary source; look them up in the paper before you quote
 # them. It is plausible: a stronger adaptor can fit the few normal images too closely.
 #
-# Predict the shapes before you go on. A batch of `(N, 1536, 32, 32)` features meets a $W$ of shape
-# `(512, 1536)`. The grid is untouched, so the output is `(N, 512, 32, 32)`. These 512 channels are
-# those of the course report; the library's default has 256, and chapter 10 compares the two.
+# Predict the shapes before you go on. A batch of `(N, 32, 32, 1536)` features meets a $W$ of shape
+# `(512, 1536)`. The grid is untouched, so the output is `(N, 32, 32, 512)`. These 512 channels are
+# those of the course report; the detector of the later chapters has 256, and chapter 10 compares the
+# two.
 
 # %% [markdown]
 # ## Build it
 #
 # ### One position at a time
 #
-# Begin with a map small enough for paper: one image, 2 channels, a grid of 2x2.
+# Begin with a map small enough for paper: one image, a grid of 2x2, 2 channels. They come last, as
+# in the frozen features.
 
 # %%
-toy = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [1.0, 0.0]]]])
+toy = torch.tensor([[[[1.0, 0.0], [2.0, 1.0]], [[3.0, 1.0], [4.0, 0.0]]]])
 weight = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
 bias = torch.tensor([0.0, 10.0])
-print("map", tuple(toy.shape), "- the position in row 0, column 1 holds", toy[0, :, 0, 1].tolist())
+print("map", tuple(toy.shape), "- the position in row 0, column 1 holds", toy[0, 0, 1].tolist())
 
 # %% [markdown]
 # At that position $f = (2, 1)$, so {eq}`eq-adaptor` gives
@@ -175,17 +195,17 @@ print("map", tuple(toy.shape), "- the position in row 0, column 1 holds", toy[0,
 
 # %%
 def adapt_by_loop(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Map features (N, C, h, w) to (N, A, h, w), one position after the other."""
-    count, _, rows, columns = features.shape
-    adapted = torch.empty(count, len(bias), rows, columns)
+    """Map features (N, h, w, C) to (N, h, w, A), one position after the other."""
+    count, rows, columns, _ = features.shape
+    adapted = torch.empty(count, rows, columns, len(bias))
     for n in range(count):
         for row in range(rows):
             for column in range(columns):
-                adapted[n, :, row, column] = weight @ features[n, :, row, column] + bias
+                adapted[n, row, column] = weight @ features[n, row, column] + bias
     return adapted
 
 
-by_hand = torch.tensor([[[[1.0, 4.0], [5.0, 4.0]], [[13.0, 15.0], [18.0, 22.0]]]])
+by_hand = torch.tensor([[[[1.0, 13.0], [4.0, 15.0]], [[5.0, 18.0], [4.0, 22.0]]]])
 by_loop = adapt_by_loop(toy, weight, bias)
 print("the loop equals the hand:", torch.equal(by_loop, by_hand))
 
@@ -194,11 +214,12 @@ print("the loop equals the hand:", torch.equal(by_loop, by_hand))
 #
 # Three ways give the same numbers at once for all positions.
 #
-# - `nn.Linear` acts on the last dimension, so the channels have to move there and back.
+# - `nn.Linear` acts on the last dimension, and there the channels are.
 # - `einsum` names the dimensions: multiply along `c`, keep the rest.
 # - A {term}`1x1 convolution` is the third. A convolution slides a window over the map and applies
 #   one linear layer to what the window covers. A window of 1x1 covers one position. Its weight
-#   has the shape `(A, C, 1, 1)`: $W$ with two dimensions of length 1 at the end.
+#   has the shape `(A, C, 1, 1)`: $W$ with two dimensions of length 1 at the end. A convolution
+#   wants its channels first, `(N, C, h, w)`, so they have to move there and back.
 
 # %%
 linear = nn.Linear(2, 2)
@@ -211,33 +232,34 @@ with torch.no_grad():
 
 with torch.no_grad():
     results = {
-        "linear": linear(toy.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-        "einsum": torch.einsum("ac,nchw->nahw", weight, toy) + bias[:, None, None],
-        "1x1 convolution": convolution(toy),
+        "linear": linear(toy),
+        "einsum": torch.einsum("ac,nhwc->nhwa", weight, toy) + bias,
+        "1x1 convolution": convolution(toy.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
     }
 for name, result in results.items():
     print(f"{name:15s} equals the hand: {torch.equal(result, by_hand)}")
 
 # %% [markdown]
 # The 1x1 convolution is an old tool: {cite:t}`lin2014nin` used it as a small network that runs at
-# every position. It takes `(N, C, h, w)` as the backbone hands it over, on a grid of any size, and
-# needs no permute. The library uses it. The two lines with `init` set the first values of $W$ and
-# $b$; you come back to them below. (The comment `type: ignore` speaks to a type checker only.)
+# every position. Many texts call an adaptor by that name; you have just seen that it is `nn.Linear`
+# under another order of the dimensions. The library takes `nn.Linear`: it needs no permute, and a
+# list of single vectors `(B, C)` passes through it as well as a map `(N, h, w, C)`. The two lines
+# with `init` set the first values of $W$ and $b$; you come back to them below.
 
 
 # %% tags=["library"]
 class Adaptor(nn.Module):
-    """A 1x1 convolution: one linear layer, applied at every position (paper, section 3.2, G_θ)."""
+    """One linear layer, applied at every position: a 1x1 convolution (paper, section 3.2, G_θ)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1)
-        nn.init.xavier_normal_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.linear = nn.Linear(in_channels, out_channels)
+        nn.init.xavier_normal_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (N, C, h, w) to adapted features (N, A, h, w)."""
-        adapted: Tensor = self.conv(features)
+        """Map features (..., C) to adapted features (..., A)."""
+        adapted: Tensor = self.linear(features)
         return adapted
 
 
@@ -249,14 +271,15 @@ class Adaptor(nn.Module):
 
 # %%
 torch.manual_seed(0)
-before = torch.randn(1, 6, 7, 7)
+before = torch.randn(1, 7, 7, 6)
 after = before.clone()
-after[0, :, 3, 3] += 1.0
-layers = {"1x1": Adaptor(6, 4), "3x3": nn.Conv2d(6, 4, kernel_size=3, padding=1)}
+after[0, 3, 3] += 1.0
+single, window = Adaptor(6, 4), nn.Conv2d(6, 4, kernel_size=3, padding=1)
+layers = {"1x1": single, "3x3": lambda maps: window(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)}
 changed = {}
 for name, layer in layers.items():
     with torch.no_grad():
-        difference = (layer(after) - layer(before)).abs().amax(dim=1)[0]
+        difference = (layer(after) - layer(before)).abs().amax(dim=-1)[0]
     changed[name] = int((difference > 1e-5).sum())
     print(f"{name}: {changed[name]} of {difference.numel()} positions changed")
 
@@ -307,14 +330,14 @@ print(f"3x3: {parameters(nn.Conv2d(C, A, kernel_size=3)):,}")
 # %%
 torch.manual_seed(0)
 adaptor = Adaptor(C, A)
-some = torch.randn(1, C, 20, 20)
+some = torch.randn(1, 20, 20, C)
 with torch.no_grad():
     adapted = adaptor(some)
-    some_vectors, adapted_vectors = (v.flatten(2)[0].T for v in (some, adapted))
+    some_vectors, adapted_vectors = (maps.flatten(0, 2) for maps in (some, adapted))
     distances = torch.pdist(adapted_vectors) / torch.pdist(some_vectors)
 measured_scale = (adapted.square().mean() / some.square().mean()).sqrt().item()
 print("output shape:", tuple(adapted.shape))
-print(f"deviation of the weights, times 32: {adaptor.conv.weight.std().item() * 32:.1f}")
+print(f"deviation of the weights, times 32: {adaptor.linear.weight.std().item() * 32:.1f}")
 print(f"RMS out / RMS in: {measured_scale:.2f}, predicted {math.sqrt(2 * C / (C + A)):.2f}")
 print(f"distance out / distance in: predicted {math.sqrt(0.5):.1f},", end=" ")
 print(f"measured {distances.mean():.1f} give or take {distances.std():.2f}")
@@ -328,27 +351,27 @@ print(f"measured {distances.mean():.1f} give or take {distances.std():.2f}")
 
 # %%
 torch.manual_seed(1)
-features = torch.randn(2, C, 5, 4)
+features = torch.randn(2, 5, 4, C)
 with torch.no_grad():
-    linear = nn.Linear(C, A)
-    linear.weight.copy_(adaptor.conv.weight[:, :, 0, 0])
-    linear.bias.copy_(adaptor.conv.bias)
-    expected = linear(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    convolution = nn.Conv2d(C, A, kernel_size=1)  # with the adaptor's weights
+    convolution.weight.copy_(adaptor.linear.weight[:, :, None, None])
+    convolution.bias.copy_(adaptor.linear.bias)
+    expected = convolution(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     torch.testing.assert_close(adaptor(features), expected, rtol=1e-4, atol=1e-4)
     small = Adaptor(2, 2)
-    small.conv.weight.copy_(weight[:, :, None, None])
-    small.conv.bias.copy_(bias)
+    small.linear.weight.copy_(weight)
+    small.linear.bias.copy_(bias)
     assert torch.equal(small(toy), by_hand)
 assert torch.equal(by_loop, by_hand) and all(torch.equal(r, by_hand) for r in results.values())
 assert changed == {"1x1": 1, "3x3": 9}
-assert parameters(adaptor) == 1536 * 512 + 512 == 786_944
+assert parameters(adaptor) == parameters(convolution) == 1536 * 512 + 512 == 786_944
 assert parameters(nn.Conv2d(C, A, kernel_size=3)) == 9 * 1536 * 512 + 512 == 7_078_400
-assert abs(adaptor.conv.weight.std().item() * 32 - 1) < 0.01
-assert 4 < adaptor.conv.weight.abs().max().item() * 32 < 7  # normal; uniform would end at 1.7
-assert not adaptor.conv.bias.any()
+assert abs(adaptor.linear.weight.std().item() * 32 - 1) < 0.01
+assert 4 < adaptor.linear.weight.abs().max().item() * 32 < 7  # normal; uniform would end at 1.7
+assert not adaptor.linear.bias.any()
 assert abs(measured_scale - math.sqrt(1.5)) < 0.02
 assert abs(distances.mean().item() - math.sqrt(0.5)) < 0.02 and distances.std() < 0.04
-print("OK: one linear layer per position, 786,944 parameters, scale as predicted.")
+print("OK: equal to a 1x1 convolution, 786,944 parameters, scale as predicted.")
 
 # %% [markdown]
 # ## What it does
@@ -361,8 +384,9 @@ data = generate(cache_folder() / "synthetic")
 train_set, test_set = (
     AnomalyDataset(data, "nut", split, make_transform(256, 256)) for split in ("train", "test")
 )
-CONFIG = preset("fast", resize=256, crop=256, adaptor_channels=512, hidden_channels=512)
-CONFIG = replace(CONFIG, batch_size=512)  # a quarter of the batch of chapter 7, to be quick
+CONFIG = preset("fast", **{**ONE_HEAD, "resize": 256, "crop": 256})
+# A quarter of the batch of chapter 7, to be quick.
+CONFIG = replace(CONFIG, adaptor_channels=512, hidden_channels=512, batch_size=512)
 weights = find_weights("resnet50")
 model = SimpleNet(CONFIG, weights)
 train_features, test_features = (
@@ -376,9 +400,10 @@ train_features, test_features = (
 # zero, and the same vector with noise added below. The *loss* says how far the scores are from
 # that. It is 1 if every score is zero, and 0 if all vectors are told apart clearly.
 #
-# Chapters 4 to 7 build these parts. Here you borrow them from the library: `Head` holds
-# {term}`standardisation`, adaptor and discriminator, and `fit` trains it, with noise of $σ = 0.5$.
-# You train two heads from the same first values:
+# Chapters 4 to 7 build these parts. Here you borrow them from the library: a `Head` holds adaptor
+# and discriminator. `fit` measures the {term}`standardisation` and trains the head behind it, with
+# noise of $σ = 0.5$. It leaves out a tenth of the images, which chapter 7 will need. You train two
+# heads from the same first values:
 #
 # - one as it should be;
 # - one whose adaptor stays as it was drawn, because its learning rate is 0. Only the
@@ -387,20 +412,20 @@ train_features, test_features = (
 # The second one tells you what *training* the adaptor brings.
 
 # %% tags=["nbval-ignore-output"]
-everything = list(range(len(train_set)))
+folds = split_images(len(train_set), heads=1, seed=0)
 
 
-def train_head(config, head: Head) -> float:
-    """Train ``head`` and return the mean loss of the last ten steps."""
-    history = fit(head, train_features, everything, config, progress=False)
-    head.eval()
+def train_head(config, model: SimpleNet) -> float:
+    """Train the model's head and return the mean loss of the last ten steps."""
+    history = fit(model.heads, model.standardise, train_features, folds, config, progress=False)
     return history.loss[-10:].mean().item()
 
 
-untrained, trained = (SimpleNet(CONFIG, weights).head for _ in range(2))  # seeded, so equal
-assert torch.equal(untrained.adaptor.conv.weight, trained.adaptor.conv.weight)
-fixed_loss = train_head(replace(CONFIG, adaptor_lr=0), untrained)
-trained_loss = train_head(CONFIG, trained)
+other = SimpleNet(CONFIG, weights)  # seeded, so equal
+untrained, trained = model.heads[0], other.heads[0]
+assert torch.equal(untrained.adaptor.linear.weight, trained.adaptor.linear.weight)
+fixed_loss = train_head(replace(CONFIG, adaptor_lr=0), model)
+trained_loss = train_head(CONFIG, other)
 print(
     f"loss with the adaptor as drawn: {fixed_loss:.3f}, with a trained adaptor: {trained_loss:.3f}"
 )
@@ -418,12 +443,11 @@ covered = F.adaptive_avg_pool2d(covered, test_features.shape[1:3])
 generator = torch.Generator().manual_seed(0)
 
 
-def pick(features: np.ndarray, chosen: Tensor, at_most: int) -> Tensor:
-    """Random chosen positions of (n, h, w, C) features, as vectors (at_most, C)."""
-    image, row, column = chosen.nonzero().T
-    keep = torch.randperm(len(image), generator=generator)[:at_most]
-    index = tuple(where[keep].numpy() for where in (image, row, column))
-    return torch.tensor(features[index]).float()
+def pick(features: FeatureMaps, chosen: Tensor, at_most: int) -> Tensor:
+    """Random positions of those chosen, (n, h, w), as vectors (at_most, C)."""
+    positions = chosen.flatten().nonzero()[:, 0]  # counted through all maps
+    keep = torch.randperm(len(positions), generator=generator)[:at_most]
+    return torch.from_numpy(features.vectors(positions[keep].numpy())).float()
 
 
 defective = pick(test_features, covered >= 0.5, 1_000_000)
@@ -441,11 +465,11 @@ print("defective", tuple(defective.shape), "- normal", tuple(normal.shape))
 @torch.no_grad()
 def versions(vectors: Tensor) -> dict[str, Tensor]:
     """Vectors (n, C) before the adaptor, behind the one as drawn, and behind the trained one."""
-    as_map = vectors.T[None, :, :, None]  # one image, one position wide: (1, C, n, 1)
+    standardised = model.standardise(vectors)
     return {
-        "frozen": trained.standardise(as_map)[0, :, :, 0].T,
-        "as drawn": untrained.adapt(as_map),
-        "trained": trained.adapt(as_map),
+        "frozen": standardised,
+        "as drawn": untrained.adaptor(standardised),
+        "trained": trained.adaptor(standardised),
     }
 
 
@@ -571,8 +595,8 @@ def spread(vectors: Tensor) -> Tensor:
 
 
 drawn_spread, trained_spread = (spread(references[name]) for name in ("as drawn", "trained"))
-moved = trained.adaptor.conv.weight - untrained.adaptor.conv.weight
-relative_move = (moved.norm() / untrained.adaptor.conv.weight.norm()).item()
+moved = trained.adaptor.linear.weight - untrained.adaptor.linear.weight
+relative_move = (moved.norm() / untrained.adaptor.linear.weight.norm()).item()
 
 # %% tags=["nbval-ignore-output"]
 print(f"W moved by {relative_move:.0%} of its length")
@@ -619,11 +643,12 @@ print("OK: the loss is lower, the loud directions louder, the defects about as v
 #
 # ### The channels are not last
 #
-# `nn.Linear` acts on the last dimension. A feature map has its channels second. With 1,536 channels
-# on a grid of 32 columns torch refuses. On a map that is as wide as it has channels, such as the
-# toy, it does not.
+# `nn.Linear` acts on the last dimension. What comes straight out of a convolution has its channels
+# second. With 1,536 channels on a grid of 32 columns torch refuses. On a map that is as wide as it
+# has channels, such as the toy, it does not.
 
 # %%
+toy_first = toy.permute(0, 3, 1, 2).contiguous()  # as a convolution has it: (N, C, h, w)
 toy_linear = nn.Linear(2, 2)
 with torch.no_grad():
     toy_linear.weight.copy_(weight)
@@ -632,29 +657,28 @@ with torch.no_grad():
         nn.Linear(C, A)(torch.zeros(1, C, 32, 32))
     except RuntimeError as error:
         print(type(error).__name__, "on (1, 1536, 32, 32)")
-    forgotten = toy_linear(toy)
-print("no error on", tuple(toy.shape))
+    forgotten = toy_linear(toy_first)
+print("no error on", tuple(toy_first.shape))
 print("got     ", forgotten.int().tolist())
-print("correct ", by_hand.int().tolist())
+print("correct ", by_hand.permute(0, 3, 1, 2).int().tolist())
 
 # %% [markdown]
 # ### A reshape instead of a permute
 #
-# You want a list of vectors, one a position: `(4, 2)`. A `reshape` gives that shape, but it only
-# cuts the row of numbers in memory into pieces of two. It moves nothing. The first "vector" is then
-# channel 0 of two neighbouring positions.
+# You want a list of vectors, one a position: `(4, 2)`. On channels that come first, `reshape` gives
+# that shape, but it only cuts the row of numbers in memory into pieces of two. It moves nothing. The
+# first "vector" is then channel 0 of two neighbouring positions.
 
 # %%
-cut = toy.reshape(4, 2)
-moved_back = toy.permute(0, 2, 3, 1).reshape(4, 2)
+cut = toy_first.reshape(4, 2)
+moved_back = toy_first.permute(0, 2, 3, 1).reshape(4, 2)
 with torch.no_grad():
     print("reshape alone:    ", cut.int().tolist(), "->", toy_linear(cut).int().tolist())
     print(
         "permute, reshape: ", moved_back.int().tolist(), "->", toy_linear(moved_back).int().tolist()
     )
     assert not torch.equal(toy_linear(cut), toy_linear(moved_back))
-    expected = by_hand.permute(0, 2, 3, 1).reshape(4, 2)
-    assert torch.equal(toy_linear(moved_back), expected)
+    assert torch.equal(toy_linear(moved_back), by_hand.reshape(4, 2))
 
 # %% [markdown]
 # Nothing warns you: the shape is right, the numbers are finite, and a network trains on them. Only
@@ -695,10 +719,10 @@ from simplenet_lib.noise import add_noise
 
 torch.manual_seed(0)
 collapsed = Adaptor(C, A)
-nn.init.zeros_(collapsed.conv.weight)
+nn.init.zeros_(collapsed.linear.weight)
 discriminator = Discriminator(A, 512, batchnorm=True)
 optimizer = torch.optim.Adam(discriminator.parameters(), lr=6e-4)
-constant = collapsed.conv.bias.detach().expand(256, A)  # what W = 0 makes of any 256 positions
+constant = collapsed.linear.bias.detach().expand(256, A)  # what W = 0 makes of any 256 positions
 losses = []
 for _ in range(200):
     noisy = add_noise(constant, CONFIG.sigma)
@@ -710,8 +734,7 @@ for _ in range(200):
     losses.append(loss.item())
 discriminator.eval()
 with torch.no_grad():
-    as_map = defective.T[None, :, :, None]  # (1, C, n, 1)
-    answers = discriminator(collapsed(as_map)[0, :, :, 0].T)
+    answers = discriminator(collapsed(defective))
 blind = torch.allclose(answers, answers.mean(), atol=1e-5)
 print("all defective positions get the same score:", blind)
 assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:3])
@@ -738,12 +761,11 @@ assert not shrunk
 
 # %%
 torch.manual_seed(0)
-two = nn.Sequential(nn.Conv2d(C, A, kernel_size=1), nn.Conv2d(A, A, kernel_size=1))
-one = nn.Conv2d(C, A, kernel_size=1)
+two = nn.Sequential(nn.Linear(C, A), nn.Linear(A, A))
+one = nn.Linear(C, A)
 with torch.no_grad():
-    first_weight, second_weight = (layer.weight[:, :, 0, 0] for layer in two)
-    one.weight.copy_((second_weight @ first_weight)[:, :, None, None])
-    one.bias.copy_(second_weight @ two[0].bias + two[1].bias)
+    one.weight.copy_(two[1].weight @ two[0].weight)
+    one.bias.copy_(two[1].weight @ two[0].bias + two[1].bias)
     torch.testing.assert_close(one(features), two(features), rtol=1e-4, atol=1e-4)
 print(f"same output; {parameters(two):,} parameters for what {parameters(one):,} can do")
 
@@ -780,7 +802,7 @@ assert counts == [1536 * 1536 + 1536, 512 * 512 + 512] == [2_360_832, 262_656]
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 torch.manual_seed(0)
-default = nn.Conv2d(C, A, kernel_size=1)
+default = nn.Linear(C, A)
 nn.init.zeros_(default.bias)
 with torch.no_grad():
     default_scale = (default(some).square().mean() / some.square().mean()).sqrt().item()
@@ -830,7 +852,7 @@ assert torch.allclose(scaled_old, scaled_new, rtol=1e-6)
 # <details>
 # <summary>Answer</summary>
 #
-# Yes. Its weight has the shape `(512, 1536, 1, 1)`; the size of the grid appears nowhere. A larger
+# Yes. Its weight has the shape `(512, 1536)`; the size of the grid appears nowhere. A larger
 # grid is only more positions, each treated on its own. Whether the *features* of a larger image
 # still look the same is a question to the backbone.
 #

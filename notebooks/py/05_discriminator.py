@@ -63,6 +63,24 @@ from simplenet_lib.weights import find_weights
 
 use_book_style()
 
+# %%
+# One head with the margin loss, as these chapters build it; the library's default is a committee.
+ONE_HEAD = {
+    "resize": 320,
+    "crop": 320,
+    "border": "zeros",
+    "neighbourhood": 1,
+    "adaptor_channels": 256,
+    "hidden_channels": 256,
+    "sigma": 0.5,
+    "loss": "margin",
+    "heads": 1,
+    "steps": 100,
+    "batch_size": 2048,
+    "averaging": 0.0,
+    "smoothing": 5.0,
+}
+
 # %% [markdown]
 # ## The idea
 #
@@ -177,8 +195,10 @@ print(tuple(z.shape), tuple(hidden.shape), tuple(scores.shape), tuple(scores.squ
 
 # %% [markdown]
 # The library's version is the same, with the option. `nn.Identity` stands where BatchNorm would
-# be, so `forward` needs no `if`. `squeeze(1)` drops the last dimension only; a bare `squeeze()`
-# would also drop the batch when it holds a single vector.
+# be, so `forward` needs no `if`. The channels come last, and what stands before them may be any
+# shape: `(B, A)` for a batch of vectors, `(N, h, w, A)` for maps. `nn.BatchNorm1d` wants one vector
+# a row, so `reshape` lines them up, and `view` gives the scores the shape of what came in, without
+# the channels.
 
 
 # %% tags=["library"]
@@ -193,10 +213,10 @@ class Discriminator(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Score vectors (B, A) with one number each, (B,): high is normal, low is anomalous."""
-        hidden = self.activation(self.norm(self.hidden(vectors)))
-        scores: Tensor = self.score(hidden).squeeze(1)
-        return scores
+        """Score vectors (..., A) with one number each, (...): high is normal, low is anomalous."""
+        hidden = self.hidden(vectors.reshape(-1, vectors.shape[-1]))  # BatchNorm wants one row each
+        scores: Tensor = self.score(self.activation(self.norm(hidden)))
+        return scores.view(vectors.shape[:-1])
 
 
 # %% [markdown]
@@ -250,21 +270,22 @@ print("OK: the class gives the scores by hand and those of plain matrix algebra"
 # ## One position at a time
 #
 # The discriminator never sees an image. It sees vectors, and it scores each without looking at the
-# others. So you can hand it all {term}`positions <position>` of an image as one batch, and fold the
-# scores back into the grid: the result is a map. Nothing extra is trained for
-# {term}`anomaly localization`. Shuffle the positions, and the scores are shuffled in the same way:
+# others. So you can hand it a whole grid of {term}`positions <position>`, and the scores come back
+# as a map. Nothing extra is trained for {term}`anomaly localization`. Shuffle the positions, and the
+# scores are shuffled in the same way:
 
 # %%
 torch.manual_seed(0)
 network = Discriminator(512, 512, batchnorm=True).eval()
-grid = torch.randn(1, 512, 32, 32)  # (N, A, h, w)
-positions = grid.permute(0, 2, 3, 1).flatten(0, 2)  # (N*h*w, A)
+grid = torch.randn(1, 32, 32, 512)  # (N, h, w, A)
+positions = grid.flatten(0, 2)  # (N*h*w, A)
 with torch.no_grad():
-    scores = network(positions)
+    score_map = network(grid)
+    scores = score_map.flatten()
     order = torch.randperm(len(positions))
     shuffled = network(positions[order])
     alone = network(positions[:1])
-print("positions", tuple(positions.shape), "-> map", tuple(scores.view(1, 32, 32).shape))
+print("grid", tuple(grid.shape), "-> map", tuple(score_map.shape))
 assert torch.allclose(shuffled, scores[order], atol=1e-5)
 assert torch.allclose(alone, scores[:1], atol=1e-5)
 print("OK: shuffled positions give shuffled scores; one position alone gets the same score")
@@ -376,30 +397,30 @@ print("OK: nearly all normal points are recognised, and most of the noisy ones")
 data = generate(cache_folder() / "synthetic")
 normal_images = AnomalyDataset(data, "nut", "train", make_transform(256, 256))
 test_images = AnomalyDataset(data, "nut", "test", make_transform(256, 256))
-config = preset("fast", resize=256, crop=256)
+config = preset("fast", **{**ONE_HEAD, "resize": 256, "crop": 256})
 model = SimpleNet(config, find_weights("resnet50"))
 features = cached_features(model.features, normal_images, model.feature_key(), progress=False)
 
 # %%
 standardise = Standardise(1536)
-standardise.fit(features, range(20))
+standardise.fit(features[:20])
 torch.manual_seed(0)
 adaptor = Adaptor(1536, 512)
 
 
 @torch.no_grad()
 def adapt(maps):
-    """Frozen features (N, C, h, w) to adapted vectors (N*h*w, A)."""
-    return adaptor(standardise(maps)).permute(0, 2, 3, 1).flatten(0, 2)
+    """Frozen features (N, h, w, C) to adapted features (N, h, w, A)."""
+    return adaptor(standardise(maps))
 
 
 def cached(images):
-    """Frozen features of training images from the cache, (N, C, h, w)."""
-    return torch.from_numpy(features[images].copy()).float().permute(0, 3, 1, 2)
+    """Frozen features of training images from the cache, (N, h, w, C)."""
+    return torch.from_numpy(features[images]).float()
 
 
-training = torch.cat([adapt(cached(range(at, at + 4))) for at in range(0, 20, 4)])
-held_out = adapt(cached(range(20, 24)))
+training = torch.cat([adapt(cached(range(at, at + 4))) for at in range(0, 20, 4)]).flatten(0, 2)
+held_out = adapt(cached(range(20, 24))).flatten(0, 2)
 of_kind = {
     name: [i for i, sample in enumerate(test_images.samples) if sample.defect == name]
     for name in ("rust", "dent", "fibre", "scratch")
@@ -426,7 +447,7 @@ train(network, draw_real, 0.5, steps=100, rate=6e-4)
 noisy_held_out = add_noise(held_out, 0.5, torch.Generator().manual_seed(9))
 with torch.no_grad():
     normal_scores, noisy_scores = network(held_out), network(noisy_held_out)
-    score_maps = -network(defects).view(4, 32, 32)
+    score_maps = -network(defects)
 
 # %% mystnb={"image": {"alt": "Two histograms of scores. Normal scores lie mostly between 0 and 1.5, noisy scores mostly between minus 1.5 and 0, with a small overlap around zero."}, "figure": {"caption": "Scores of four normal images that were not trained on, and of the same vectors with noise.", "name": "fig-discriminator-scores"}}
 figure, axis = plt.subplots(figsize=(6.5, 2.8))
@@ -462,9 +483,9 @@ print("OK: on vectors of 512 channels the noisy ones are told apart, far better 
 
 # %% [markdown]
 # Separating noise is the exercise, not the aim. The discriminator has never seen a defect. Here is
-# its {term}`score map`, $-s$ folded back into the 32 x 32 grid, for four defects:
+# its {term}`score map`, $-s$ at every position of the 32 x 32 grid, for four defects:
 
-# %% mystnb={"image": {"alt": "Four photographs of nuts with the marked defect outlined, and below each its score map. The maps glow on the rust and the fibre and more faintly on the dent; on the faint scratch nothing stands out."}, "figure": {"caption": "Top: defect outlined. Bottom: score map, bright is anomalous, one scale for all four.", "name": "fig-discriminator-map"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Four photographs of nuts with the marked defect outlined, and below each its score map. The maps glow on the rust, the dent and the fibre; on the faint scratch nothing stands out."}, "figure": {"caption": "Top: defect outlined. Bottom: score map, bright is anomalous, one scale for all four.", "name": "fig-discriminator-map"}} tags=["hide-input"]
 figure, axes = plt.subplots(2, 4, figsize=(6.8, 3.8))
 for column, image, score_map in zip(axes.T, chosen, score_maps, strict=True):
     sample = test_images.samples[image]
@@ -654,7 +675,7 @@ torch.manual_seed(1)
 eager = Discriminator(512, 512)
 train(eager, draw_fewer, 0.5, steps=300, rate=3e-3, loss=cross_entropy)
 with torch.no_grad():
-    fibre = -eager(defects).view(4, 32, 32)[2]
+    fibre = -eager(defects)[2]
 probability = torch.sigmoid(fibre)
 
 # %% tags=["nbval-ignore-output"]
@@ -717,7 +738,7 @@ separate = Discriminator(512, 512, batchnorm=True)
 train(separate, draw_real, 0.5, steps=100, rate=6e-4, together=False)
 with torch.no_grad():
     separate_normal, separate_noisy = separate(held_out), separate(noisy_held_out)
-    separate_maps = -separate(defects).view(4, 32, 32)
+    separate_maps = -separate(defects)
     raw = [separate.hidden(vectors) for vectors in (held_out, noisy_held_out)]
     normed = [F.batch_norm(hidden, None, None, training=True) for hidden in raw]
 ratios = [(noisy.std(0) / normal.std(0)).mean().item() for normal, noisy in (raw, normed)]

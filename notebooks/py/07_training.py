@@ -58,6 +58,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import safetensors
 import torch
+from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Generator, Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -67,22 +68,41 @@ from simplenet_lib.config import Config, SimpleNetError, preset
 from simplenet_lib.dataset import AnomalyDataset, make_transform, read_image
 from simplenet_lib.discriminator import Discriminator
 from simplenet_lib.features import (
+    FeatureMaps,
     FrozenFeatures,
     Standardise,
     build_backbone,
     cache_folder,
     cached_features,
 )
-from simplenet_lib.localization import image_score
+from simplenet_lib.localization import anomaly_map, image_score
 from simplenet_lib.loss import margin_loss
 from simplenet_lib.model import SimpleNet
-from simplenet_lib.noise import add_noise
+from simplenet_lib.noise import add_noise, random_seed
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
-from simplenet_lib.training import cached_maps, fit
+from simplenet_lib.training import fit
 from simplenet_lib.weights import find_weights
 
 use_book_style()
+
+# %%
+# One head with the margin loss, as these chapters build it; the library's default is a committee.
+ONE_HEAD = {
+    "resize": 320,
+    "crop": 320,
+    "border": "zeros",
+    "neighbourhood": 1,
+    "adaptor_channels": 256,
+    "hidden_channels": 256,
+    "sigma": 0.5,
+    "loss": "margin",
+    "heads": 1,
+    "steps": 100,
+    "batch_size": 2048,
+    "averaging": 0.0,
+    "smoothing": 5.0,
+}
 
 # %% [markdown]
 # ## The idea
@@ -194,7 +214,7 @@ assert (w.item(), v.item(), loss.item()) == (1.25, 1.25, 0.0)
 # | 3 noise | 3.3 | `add_noise` |
 # | 4 discriminator | 3.4 | `Discriminator` |
 # | 5 margin loss | 3.5 | `margin_loss` |
-# | 6 update both | 3.5 | two optimisers, this chapter |
+# | 6 update both | 3.5 | one optimiser, two learning rates, this chapter |
 # | 7 inference without noise | 3.6 | `Head.forward`, this chapter |
 #
 # ## Build it
@@ -206,7 +226,7 @@ assert (w.item(), v.item(), loss.item()) == (1.25, 1.25, 0.0)
 # `(60, 32, 32, 1536)`.
 
 # %% tags=["nbval-ignore-output"]
-CONFIG = preset("fast", resize=256, crop=256)
+CONFIG = preset("fast", **{**ONE_HEAD, "resize": 256, "crop": 256})
 data = generate(cache_folder() / "synthetic")
 transform = make_transform(CONFIG.resize, CONFIG.crop)
 normal = AnomalyDataset(data, "nut", "train", transform)
@@ -217,14 +237,14 @@ features = cached_features(model.features, normal, model.feature_key(), progress
 test_features = cached_features(model.features, test, model.feature_key(), progress=False)
 
 # %%
-print("features:     ", features.shape, features.dtype)
-print("test features:", test_features.shape, test_features.dtype)
+print("features:     ", features.shape, features[0].dtype)
+print("test features:", test_features.shape, test_features[0].dtype)
 
 # %% [markdown]
-# `cached_features` passes every image through the backbone once and writes the result to a file,
-# the {term}`feature cache`. The file's name is a hash of the weights, the layers, the preprocessing
-# and the bytes of every image. Change any of them and the name changes, so you never read features
-# of something else.
+# `cached_features` passes every image through the backbone once and writes its features to a file
+# of its own, in the {term}`feature cache`. The file's name is a hash of the weights, the layers,
+# the preprocessing and the bytes of the image. Change any of them and the name changes, so you never
+# read features of something else.
 #
 # Is training on the cache the same as training on the images? It is, if an image has the same
 # features in every {term}`epoch`. That takes three things: the backbone is {term}`frozen`, it is in
@@ -239,7 +259,7 @@ first = model.features(images)
 seconds_image = (time.perf_counter() - started) / len(images)
 again = model.features(images)
 alone = model.features(images[:1])
-cached = torch.from_numpy(features[:8].copy()).float().permute(0, 3, 1, 2)
+cached = torch.from_numpy(features[:8]).float()
 
 assert torch.equal(first, again)
 assert torch.allclose(first[:1], alone, atol=1e-4)
@@ -255,26 +275,42 @@ print("OK: same features in every pass, equal to the cache up to half precision"
 # ### Which images, which order
 #
 # Not all 60 images are trained on. A tenth is put aside: {term}`held-out images`, whose scores tell
-# later how high a normal image may score. `split_images` draws them with a {term}`seed`.
+# later how high a normal image may score. `split_images` draws them with a {term}`seed`. It answers
+# with one number for each image, its *fold*: 0 for the images put aside, −1 for the others. (The
+# library's default trains a committee of several heads. It deals all images out to a few folds and
+# keeps another fold from each head; that is the last branch. Here you train one head.)
+#
+# Several things are drawn at random, and none should depend on another: which images are put aside,
+# the order of the positions, the noise. So each has a *stream* of random numbers of its own.
+# `random_seed` makes a new seed of the configuration's seed and the number of the stream.
 
 
 # %% tags=["library"]
-def split_images(count: int, holdout: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split image indices into those trained on and those held out for the threshold."""
+SPLIT, ORDER, NOISE = 1, 2, 3  # streams of random numbers
+FOLDS = 5  # at most: a head is trained on four fifths of the images or more
+
+
+def split_images(count: int, heads: int, seed: int) -> NDArray[np.int64]:
+    """The fold of every image, (count,): images of fold f are kept from the heads of fold f."""
     if count < 2:
         raise SimpleNetError(
-            f"{count} normal image: at least 2 are needed, one to train on and one to hold out"
-            " for the threshold."
+            f"{count} normal image: at least 2 are needed, so that one can be scored by a head"
+            " that has not seen it."
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = min(max(1, round(holdout * count)), count - 1)
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    order = np.random.default_rng(random_seed(seed, SPLIT)).permutation(count)
+    folds = np.full(count, -1, dtype=np.int64)
+    if heads == 1:
+        folds[order[: max(1, round(count / 10))]] = 0
+    else:
+        folds[order] = np.arange(count) % min(FOLDS, heads, count)
+    return folds
 
 
 # %%
-training, held_out = split_images(len(normal), CONFIG.holdout, CONFIG.seed)
+folds = split_images(len(normal), CONFIG.heads, CONFIG.seed)
+training, held_out = np.flatnonzero(folds == -1), np.flatnonzero(folds == 0)
 print(len(training), "images to train on,", len(held_out), "held out")
-assert sorted(training + held_out) == list(range(60))
+assert len(training) + len(held_out) == 60
 
 # %% [markdown]
 # A step does not train on images but on {term}`positions <position>`: 2,048 vectors drawn from all
@@ -293,9 +329,8 @@ def shuffled_positions(count: int, batch_size: int, seed: int, step: int) -> Ite
     epoch, start = divmod(step * batch_size, count)
 
     def order(number: int) -> Tensor:
-        return torch.randperm(
-            count, generator=torch.Generator().manual_seed(seed * 1_000_003 + number)
-        )
+        generator = torch.Generator().manual_seed(random_seed(seed, ORDER, number))
+        return torch.randperm(count, generator=generator)
 
     pending = order(epoch)[start:]
     while True:
@@ -322,14 +357,16 @@ print("resumed at step 2: ", resumed)
 assert resumed == batches[2]
 
 # %% [markdown]
-# The factor 1,000,003 keeps neighbouring seeds apart. With `seed + number`, epoch 1 of seed 0 would
-# have the same order as epoch 0 of seed 1.
+# `random_seed` mixes the seed, the stream and the epoch's number thoroughly. With `seed + number`,
+# epoch 1 of seed 0 would have the same order as epoch 0 of seed 1.
 #
 # ### The head
 #
-# Everything that is trained, with the standardisation before it, is the {term}`head`. It has two
-# ways to be called. `normal_and_noisy` is for training: it returns the scores of $z$ and of $z'$.
-# `forward` is for inference: no noise, a sign flip, and one number for each position.
+# Everything that is trained is the {term}`head`: adaptor and discriminator. It takes standardised
+# vectors and has two ways to be called. `normal_and_noisy` is for training: it returns the scores
+# of $z$ and of $z'$. `forward` is for inference: no noise, a sign flip, and one number for each
+# position. The two lines that multiply and divide by `adaptor_scale` change nothing here, where it
+# is 1; the preset `course` starts its adaptor at a twentieth of the usual scale.
 #
 # Both kinds of vector pass the discriminator in *one* batch. {term}`BatchNorm` standardises by the
 # statistics of the batch; in two batches, each kind would be standardised by its own statistics and
@@ -338,47 +375,46 @@ assert resumed == batches[2]
 
 # %% tags=["library"]
 class Head(nn.Module):
-    """What is trained: standardisation, adaptor and discriminator on frozen features."""
+    """What is trained: adaptor and discriminator, on single standardised feature vectors."""
 
     def __init__(self, channels: int, config: Config) -> None:
         super().__init__()
         self.sigma = config.sigma
-        self.standardise = Standardise(channels)
         self.adaptor = Adaptor(channels, config.adaptor_channels)
         self.discriminator = Discriminator(
             config.adaptor_channels, config.hidden_channels, batchnorm=config.batchnorm
         )
+        with torch.no_grad():  # the discriminator still starts on inputs of about 1
+            self.adaptor.linear.weight.mul_(config.adaptor_scale)
+            self.discriminator.hidden.weight.div_(config.adaptor_scale)
 
-    def adapt(self, features: Tensor) -> Tensor:
-        """Map frozen features (N, C, H, W) to adapted vectors (N*H*W, A), one a position."""
-        adapted: Tensor = self.adaptor(self.standardise(features))
-        return adapted.permute(0, 2, 3, 1).flatten(0, 2)
-
-    def normal_and_noisy(self, features: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def normal_and_noisy(self, vectors: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Score adapted vectors, and the same vectors with noise added: D(z) and D(z')."""
-        normal = self.adapt(features)
+        normal = self.adaptor(vectors)
         noisy = add_noise(normal, self.sigma, generator)
         scores = self.discriminator(torch.cat([normal, noisy]))
         return scores[: len(normal)], scores[len(normal) :]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Score map -D(z), (N, H, W), of frozen features (N, C, H, W): high is anomalous."""
-        count, _, height, width = features.shape
-        scores: Tensor = -self.discriminator(self.adapt(features))
-        return scores.view(count, height, width)
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Score -D(z), (...), of standardised features (..., C): high is anomalous."""
+        scores: Tensor = -self.discriminator(self.adaptor(vectors))
+        return scores
 
 
 # %% [markdown]
 # Predict the shapes for two feature maps of 32 × 32 positions. There are $2 \cdot 1024 = 2048$
-# vectors. `adapt` gives `(2048, 256)`; training gives two times `(2048,)`; inference gives
-# `(2, 32, 32)`.
+# vectors. The adaptor gives `(2048, 256)`; training gives two times `(2048,)`. Inference works on
+# whole maps as well and gives `(2, 32, 32)`.
 
 # %%
+standardise = Standardise(model.features.channels)
+standardise.fit(features[index] for index in training)
 torch.manual_seed(CONFIG.seed)
 head = Head(model.features.channels, CONFIG)
-adapted = head.adapt(cached[:2])
-scores_normal, scores_noisy = head.normal_and_noisy(cached[:2], Generator().manual_seed(0))
-score_maps = head(cached[:2])
+vectors = standardise(cached[:2]).flatten(0, 2)
+adapted = head.adaptor(vectors)
+scores_normal, scores_noisy = head.normal_and_noisy(vectors, Generator().manual_seed(0))
+score_maps = head(standardise(cached[:2]))
 print("adapted:         ", tuple(adapted.shape))
 print("normal and noisy:", tuple(scores_normal.shape), tuple(scores_noisy.shape))
 print("score maps:      ", tuple(score_maps.shape))
@@ -386,23 +422,23 @@ print("score maps:      ", tuple(score_maps.shape))
 # %% [markdown]
 # ### The loop
 #
-# Now all seven steps, written out without the head's methods so that you see each one. Each
-# part has its own optimiser and its own learning rate: AdamW for the adaptor with
-# PyTorch's default weight decay of 0.01, Adam for the discriminator with $10^{-5}$. The noise, like
-# the order, is seeded from the seed and the step alone.
-#
-# One detail needs a word. The adaptor is a convolution and wants an image. The 2,048 vectors become
-# *one* tall image, one position wide: `(1, 1536, 2048, 1)`. A 1x1 convolution never mixes
-# positions, so it does not mind that the vectors are not neighbours.
+# Now all seven steps, written out without the head's methods so that you see each one. One
+# optimiser, AdamW, updates both parts, each with a learning rate and a weight decay of its own: for
+# the adaptor PyTorch's default decay of 0.01, for the discriminator $10^{-5}$. The noise, like
+# the order, is seeded from the seed and the step alone (and the number of the head, here 0).
 
 # %%
 torch.manual_seed(CONFIG.seed)
 head = Head(model.features.channels, CONFIG)
-head.standardise.fit(features, training)
-for_adaptor = torch.optim.AdamW(head.adaptor.parameters(), lr=CONFIG.adaptor_lr)
-for_discriminator = torch.optim.Adam(
-    head.discriminator.parameters(), lr=CONFIG.discriminator_lr, weight_decay=1e-5
-)
+parts = [
+    {"params": head.adaptor.parameters(), "lr": CONFIG.adaptor_lr},
+    {
+        "params": head.discriminator.parameters(),
+        "lr": CONFIG.discriminator_lr,
+        "weight_decay": 1e-5,
+    },
+]
+optimizer = torch.optim.AdamW(parts)
 rows = torch.from_numpy(features[training]).flatten(0, 2)  # (54 * 32 * 32, 1536)
 batches = shuffled_positions(len(rows), CONFIG.batch_size, CONFIG.seed, step=0)
 generator = Generator()
@@ -411,25 +447,22 @@ curves = []
 head.train()
 started = time.perf_counter()
 for step in range(CONFIG.steps):
-    f = rows[next(batches)].float()  # 1. frozen features, (2048, 1536)
-    tall = head.standardise(f.T[None, :, :, None])  #    (1, 1536, 2048, 1)
-    z = head.adaptor(tall)[0, :, :, 0].T  # 2. adapted, (2048, 256)
-    generator.manual_seed(CONFIG.seed * 1_000_003 + step)
+    f = standardise(rows[next(batches)].float())  # 1. frozen features, (2048, 1536)
+    z = head.adaptor(f)  # 2. adapted, (2048, 256)
+    generator.manual_seed(random_seed(CONFIG.seed, NOISE, step, 0))
     noisy = add_noise(z, CONFIG.sigma, generator)  # 3. noise
     s, s_noisy = head.discriminator(torch.cat([z, noisy])).chunk(2)  # 4. scores, 2 x (2048,)
     loss = margin_loss(s, s_noisy, CONFIG.margin)  # 5. loss
-    for_adaptor.zero_grad()
-    for_discriminator.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    for_adaptor.step()  # 6. both are updated, from the same loss
-    for_discriminator.step()
+    optimizer.step()  # 6. both are updated, from the same loss
     above, below = s > CONFIG.margin, s_noisy < -CONFIG.margin
     curves.append((loss.item(), above.float().mean().item(), below.float().mean().item()))
 seconds_step = (time.perf_counter() - started) / CONFIG.steps
 
 head.eval()  # 7. inference: no noise, and BatchNorm uses what it remembers
 with torch.no_grad():
-    score_maps = head(cached)
+    score_maps = head(standardise(cached))
 curves = torch.tensor(curves)
 print("curves:", tuple(curves.shape), " score maps:", tuple(score_maps.shape))
 print(
@@ -454,15 +487,19 @@ print(f"and the next training on it:  {epochs * training_head:.0f} s")
 # %% [markdown]
 # ## Check it
 #
-# The library's `fit` is this loop with four things around it: it writes a {term}`checkpoint` every
-# 50 steps, it finishes the running step before Ctrl-C stops it, it shows a progress bar, and it
-# refuses a loss that is not finite. The numbers must be those of your loop. Batches and noise
-# depend on the seed and the step alone, so the first 20 steps are enough to compare.
+# The library's `fit` is this loop, for any number of heads, with four things around it: it writes a
+# {term}`checkpoint` every 50 steps, it finishes the running step before Ctrl-C stops it, it shows a
+# progress bar, and it refuses a loss that is not finite. (It can also take cross-entropy in place
+# of the margin loss and average the weights over the last steps; `ONE_HEAD` asks for neither.) The
+# numbers must be those of your loop. Batches and noise depend on the seed and the step alone, so
+# the first 20 steps are enough to compare.
 
 # %%
 torch.manual_seed(CONFIG.seed)
 library_head = Head(model.features.channels, CONFIG)
-history = fit(library_head, features, training, replace(CONFIG, steps=20), progress=False)
+again = Standardise(model.features.channels)
+history = fit([library_head], again, features, folds, replace(CONFIG, steps=20), progress=False)
+assert torch.equal(again.mean, standardise.mean) and torch.equal(again.std, standardise.std)
 library_curves = torch.stack([history.loss, history.normal, history.noisy], dim=1)
 assert torch.allclose(library_curves[:, 0], curves[:20, 0], atol=2e-3)
 assert torch.allclose(library_curves, curves[:20], atol=0.01)
@@ -475,7 +512,7 @@ print("OK: the loop and the library's fit give the same curves")
 
 # %%
 with torch.no_grad():
-    error = (head(first) - head(cached)).abs().max()
+    error = (head(standardise(first)) - head(standardise(cached))).abs().max()
 spread = score_maps.std()
 assert error < 0.02 * spread
 print("OK: half precision moves no score by more than 2% of the scores' spread")
@@ -488,7 +525,7 @@ print("OK: half precision moves no score by more than 2% of the scores' spread")
 # A training has three curves worth watching: the loss, the share of normal scores above $+m$, and
 # the share of noisy scores below $-m$.
 
-# %% mystnb={"image": {"alt": "Two panels over 100 steps. Left: the loss starts near 1, the dashed line at 2m, jumps about for a few steps and then falls to near 0. Right: after these steps the shares of normal scores above the margin and of noisy scores below it are small, then both rise until they hold most of the batch."}, "figure": {"caption": "The curves of your loop. Left the loss, right the share of scores beyond their margin.", "name": "fig-training-curves"}}
+# %% mystnb={"image": {"alt": "Two panels over 100 steps. Left: the loss starts just above 1, the dashed line at 2m, and falls steadily to near 0. Right: after the first steps the shares of normal scores above the margin and of noisy scores below it are small, then both rise until they hold most of the batch."}, "figure": {"caption": "The curves of your loop. Left the loss, right the share of scores beyond their margin.", "name": "fig-training-curves"}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 3))
 left.plot(curves[:, 0], color="0.2")
 left.axhline(2 * CONFIG.margin, color="0.6", linestyle="--")
@@ -507,8 +544,8 @@ plt.show()
 
 # %% [markdown]
 # In {numref}`fig-training-curves` the loss starts near $2m = 1$, the value of a discriminator that
-# gives everything the same score (chapter 6). After a few restless steps it falls, while both shares are still
-# small: the scores first have to grow to the size of the margin. Then the two shares rise together.
+# gives everything the same score (chapter 6). It soon falls, while both shares are still small: the
+# scores first have to grow to the size of the margin. Then the two shares rise together.
 # If only one of them rose, the discriminator would call everything normal or everything noisy.
 
 # %%
@@ -522,20 +559,31 @@ print("OK: the loss falls, and in the end most scores of both kinds are beyond t
 #
 # These curves speak of normal vectors and noise. They have not seen one {term}`defect`. Put your
 # head on the frozen backbone and score the {term}`test set`, from its cached features.
-# `cached_maps` resizes the score maps to the images and smooths them, and `image_score` is the
-# maximum of a map; chapter 8 builds both. Two numbers tell how good the detector is. The image
-# {term}`AUROC` is the probability that an image with a defect scores higher than a normal one; the
-# pixel AUROC is the same for pixels. For both, 0.5 is guessing and 1 is perfect.
+# `anomaly_map` resizes the score maps to the images and smooths them, and `image_score` is the
+# maximum of a map; chapter 8 builds both. `anomaly_map` takes 0 for the score of a normal position,
+# so the mean score of the six held-out images is taken off first. Two numbers tell how good the
+# detector is. The image {term}`AUROC` is the probability that an image with a defect scores higher
+# than a normal one; the pixel AUROC is the same for pixels. For both, 0.5 is guessing and 1 is
+# perfect.
 
 # %%
 labels = [sample.label for sample in test.samples]
 masks = torch.stack([test[index]["mask"] for index in range(len(test))])
 
 
-def anomaly_maps(head):
-    """Anomaly maps of all test images, (60, 256, 256), from the detector with this head."""
-    model.head = head
-    return cached_maps(model, test_features, range(len(test)))
+@torch.no_grad()
+def score_maps_of(detector, features, images):
+    """Score maps -D(z), (n, 32, 32), of a detector with one head, from cached features."""
+    (head,) = detector.heads
+    maps = (torch.from_numpy(features[image].copy()).float() for image in images)
+    return torch.stack([head(detector.standardise(values)) for values in maps])
+
+
+def anomaly_maps(detector, folds):
+    """Anomaly maps of all test images, (60, 256, 256); 0 is the mean of the held-out images."""
+    typical = score_maps_of(detector, features, np.flatnonzero(folds == 0)).mean()
+    scores = score_maps_of(detector, test_features, range(len(test))) - typical
+    return anomaly_map(scores, CONFIG.crop, CONFIG.smoothing)
 
 
 def image_auroc(maps):
@@ -543,7 +591,8 @@ def image_auroc(maps):
     return roc_auc_score(labels, image_score(maps))
 
 
-maps = anomaly_maps(head)
+model.heads[0], model.standardise = head, standardise
+maps = anomaly_maps(model, folds)
 your_auroc = image_auroc(maps)
 pixel_auroc = roc_auc_score(masks.flatten(), maps.flatten())
 
@@ -557,62 +606,65 @@ print("OK: both above 0.9, after", CONFIG.steps, "steps and without one defect i
 
 # %% [markdown]
 # That is a whole detector, and you wrote its training. The library's `train` does the same in one
-# call: features, split, `fit`, and the threshold of chapter 8 from the held-out images.
+# call: features, split, `fit`, and at the end the unit of the scores and the threshold (chapter 8).
 #
 # This book began with a course report on SimpleNet. What does its setting do, the preset `course`?
 # Features are not standardised, the noise has the paper's $σ = 0.015$, the discriminator has no
-# BatchNorm; learning rates and batches are smaller. Give it the same number of steps.
+# BatchNorm; learning rates and batches are smaller. The adaptor starts at a twentieth of the usual
+# scale, so that noise this small can be told apart at all. The preset asks for 1,000 steps; give it
+# the same number as yours.
 
 
 # %%
 def trial(config):
-    """Train a fresh head with the library's fit; return it and its curves."""
-    torch.manual_seed(config.seed)
-    head = Head(model.features.channels, config)
-    images, _ = split_images(len(normal), config.holdout, config.seed)
-    return head, fit(head, features, images, config, progress=False)
+    """Train a fresh detector with the library's fit; return it, its maps and its curves."""
+    detector = SimpleNet(config, weights)  # its head starts from the configuration's seed
+    folds = split_images(len(normal), config.heads, config.seed)
+    history = fit(detector.heads, detector.standardise, features, folds, config, progress=False)
+    return detector, anomaly_maps(detector, folds), history
 
 
 COURSE = preset("course", resize=256, crop=256, steps=CONFIG.steps)
-course_head, course_history = trial(COURSE)
-course_auroc = image_auroc(anomaly_maps(course_head))
+course, course_maps, course_history = trial(COURSE)
+course_auroc = image_auroc(course_maps)
 
 # %% tags=["nbval-ignore-output"]
 print(f"course setting: image AUROC {course_auroc:.3f}")
 print(f"loss of the last ten steps: {course_history.loss[-10:].mean():.3f}")
 
 # %%
-assert abs(course_history.loss[-10:].mean() - 1.0) < 0.02
+assert 0.8 < course_history.loss[-10:].mean() < 1
 assert course_auroc < your_auroc - 0.1
-print(f"OK: after {COURSE.steps} steps the course setting's loss is still at 2m")
+print(f"OK: after {COURSE.steps} steps the course setting's loss has hardly left 2m")
 
-# %% mystnb={"image": {"alt": "Three nuts with defects in the first column, one a row. Second column: score maps of the detector of this chapter, dark with a bright spot at the defect. Third column: score maps of the course setting, bright nearly everywhere, with faint rings of the nut and no bright spot at the defect."}, "figure": {"caption": "Three test images, the score map of your detector and that of the course setting after the same number of steps. Each map has its own scale, from its lowest to its highest score.", "name": "fig-training-maps"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three nuts with defects in the first column, one a row. Second column: score maps of the detector of this chapter, dark with a bright spot at the defect. Third column: score maps of the course setting, mottled all over; the fibre glows, but so do other places."}, "figure": {"caption": "Three test images, the score map of your detector and that of the course setting after the same number of steps. Each map has its own scale, from its lowest to its highest score.", "name": "fig-training-maps"}} tags=["hide-input"]
 figure, axes = plt.subplots(3, 3, figsize=(5.6, 5.6))
 shown = [
     next(i for i, sample in enumerate(test.samples) if sample.defect == name)
     for name in ("broken_corner", "rust", "fibre")
 ]
 for row, index in zip(axes, shown, strict=True):
-    values = torch.from_numpy(test_features[index].copy()).float().permute(2, 0, 1)[None]
+    values = torch.from_numpy(test_features[index].copy()).float()
     row[0].imshow(read_image(test.samples[index].image))
     row[0].set_ylabel(test.samples[index].defect.replace("_", " "))
     with torch.no_grad():
-        row[1].imshow(head(values)[0], cmap="inferno")
-        row[2].imshow(course_head(values)[0], cmap="inferno")
+        row[1].imshow(head(standardise(values)), cmap="inferno")
+        row[2].imshow(course.heads[0](values), cmap="inferno")
 for axis, title in zip(axes[0], ("image", "your detector", "course setting"), strict=True):
     axis.set_title(title)
 for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-figure.suptitle("After 100 steps one setting finds defects, the other does not", fontsize=11)
+figure.suptitle("After 100 steps one setting finds defects, the other hardly does", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# At a loss of $2m$ nothing is learned: these maps, and the AUROC, are an accident of the random
-# start. What counts most is the scale of noise and features, the subject of chapter 4; below you
-# change σ alone, and the loss gets stuck at the same place. The published setting trains for
-# thousands of steps, with larger batches and features averaged over neighbourhoods; here you
-# compare the short training that a laptop does in seconds.
+# At a loss so near $2m$ little is learned: the fibre begins to glow in the course setting's map, but
+# so do other places, and the other two maps say still less. What counts most is the scale of noise
+# and features, the subject of chapter 4; below you change σ alone, and the loss gets stuck at $2m$.
+# The course setting is slow rather than stuck, and the published setting trains for thousands of
+# steps, with larger batches and features averaged over neighbourhoods; here you compare the short
+# training that a laptop does in seconds.
 #
 # ### What a seed promises
 #
@@ -622,13 +674,20 @@ plt.show()
 
 # %%
 TINY = replace(CONFIG, steps=30, batch_size=256)
-FEW = training[:12]
+FEW = np.zeros(len(normal), dtype=np.int64)  # fold 0 is not trained on
+FEW[training[:12]] = -1
 
 
 def tiny_head():
     """A fresh head, always with the same first parameters."""
     torch.manual_seed(TINY.seed)
     return Head(model.features.channels, TINY)
+
+
+def tiny_fit(head, config=TINY, *checkpoint):
+    """Train a head on a few images."""
+    again = Standardise(model.features.channels)
+    return fit([head], again, features, FEW, config, *checkpoint, progress=False)
 
 
 def same_bits(one, other):
@@ -638,9 +697,9 @@ def same_bits(one, other):
 
 
 undisturbed, repeated, another = tiny_head(), tiny_head(), tiny_head()
-fit(undisturbed, features, FEW, TINY, progress=False)
-fit(repeated, features, FEW, TINY, progress=False)
-fit(another, features, FEW, replace(TINY, seed=1), progress=False)
+tiny_fit(undisturbed)
+tiny_fit(repeated)
+tiny_fit(another, replace(TINY, seed=1))
 print("same seed, same bits:     ", same_bits(undisturbed, repeated))
 print("another seed, same bits:  ", same_bits(undisturbed, another))
 assert same_bits(undisturbed, repeated) and not same_bits(undisturbed, another)
@@ -663,7 +722,7 @@ print("(0.1 + 0.2) + 0.3 == 0.1 + (0.2 + 0.3):", (0.1 + 0.2) + 0.3 == 0.1 + (0.2
 # %%
 SHORT = replace(CONFIG, steps=60, batch_size=1024)
 trials = [trial(replace(SHORT, seed=seed)) for seed in (0, 1, 2)]
-aurocs = np.array([image_auroc(anomaly_maps(trained_head)) for trained_head, _ in trials])
+aurocs = np.array([image_auroc(maps) for _, maps, _ in trials])
 
 # %% tags=["nbval-ignore-output"]
 print("image AUROC of three seeds:", aurocs.round(3))
@@ -674,7 +733,7 @@ assert aurocs.mean() > 0.85 and 0 < aurocs.std(ddof=1) < 0.08
 print("OK: three seeds, three different results, all of one kind")
 
 # %% [markdown]
-# The seeds differ by some hundredths. A change of the method that gains one hundredth on one seed
+# The seeds differ by up to a tenth. A change of the method that gains one hundredth on one seed
 # has shown nothing. And the best of the three seeds is not your result: you would have chosen it by
 # looking at the test set.
 #
@@ -689,11 +748,10 @@ print("OK: three seeds, three different results, all of one kind")
 # Train both in the short setting, beside $σ = 0.5$ from above.
 
 # %%
-small_head, small = trial(replace(SHORT, sigma=0.015))
-large_head, large = trial(replace(SHORT, sigma=8.0))
-right_head, right_history = trials[0]
-small_auroc = image_auroc(anomaly_maps(small_head))
-large_auroc = image_auroc(anomaly_maps(large_head))
+_, small_maps, small = trial(replace(SHORT, sigma=0.015))
+_, large_maps, large = trial(replace(SHORT, sigma=8.0))
+right_history = trials[0][2]
+small_auroc, large_auroc = image_auroc(small_maps), image_auroc(large_maps)
 
 # %% tags=["nbval-ignore-output"]
 for sigma, auroc in ((0.015, small_auroc), (0.5, aurocs[0]), (8, large_auroc)):
@@ -728,25 +786,28 @@ print("OK: in training mode the features of one image depend on its neighbours i
 
 # %% [markdown]
 # A cache of such features is one arbitrary draw of many. Does the training notice? Compute the
-# features of eight images in training mode, train on them, and look at the curves. Then do what
-# inference does: features in evaluation mode, of the very same eight images.
+# features of eight images in training mode, train on seven of them (`fit` wants one to hold out),
+# and look at the curves. Then do what inference does: features in evaluation mode, of the very same
+# seven images.
 
 # %%
 with torch.no_grad():
-    drifting = awake(images).permute(0, 2, 3, 1).half().numpy()
+    drifting = awake(images).half()
 torch.manual_seed(SHORT.seed)
-fooled = Head(model.features.channels, SHORT)
-fooled_history = fit(fooled, drifting, list(range(8)), SHORT, progress=False)
+fooled, measured = Head(model.features.channels, SHORT), Standardise(model.features.channels)
+maps_of_eight = FeatureMaps(list(drifting.numpy()), np.empty((8, 0), np.float32), [""] * 8)
+one_out = np.array([0, -1, -1, -1, -1, -1, -1, -1])
+fooled_history = fit([fooled], measured, maps_of_eight, one_out, SHORT, progress=False)
 with torch.no_grad():
-    trained_on = (fooled(torch.from_numpy(drifting).float().permute(0, 3, 1, 2)) < 0).float().mean()
-    at_inference = (fooled(first) < 0).float().mean()
+    trained_on = (fooled(measured(drifting[1:].float())) < 0).float().mean()
+    at_inference = (fooled(measured(first[1:])) < 0).float().mean()
 
 # %% tags=["nbval-ignore-output"]
 print(f"last loss {fooled_history.loss[-5:].mean():.2f}")
 print(f"positions scored as normal, features as in training:  {trained_on:.0%}")
 print(f"positions scored as normal, features as at inference: {at_inference:.0%}")
 
-# %% mystnb={"image": {"alt": "Four small panels. Sigma 0.015: after some restless steps the loss stays at 1, both shares at 0. Sigma 0.5: the loss falls slowly, the shares rise late. Sigma 8: before halfway the loss is at 0 and both shares are at 1. Fourth: the change of one image's features in four batches, zero in evaluation mode and, from the second batch on, clearly above zero in training mode."}, "figure": {"caption": "Three trainings of 60 steps, and the features of one image in four batches, each compared with the first batch.", "name": "fig-training-failures"}}
+# %% mystnb={"image": {"alt": "Four small panels. Sigma 0.015: the loss stays at 1, both shares are at or near 0. Sigma 0.5: the loss falls slowly, the shares rise late. Sigma 8: by halfway the loss is close to 0 and both shares are close to 1. Fourth: the change of one image's features in four batches, zero in evaluation mode and, from the second batch on, clearly above zero in training mode."}, "figure": {"caption": "Three trainings of 60 steps, and the features of one image in four batches, each compared with the first batch.", "name": "fig-training-failures"}}
 figure, axes = plt.subplots(2, 2, figsize=(6.8, 4.6))
 panels = [
     ("σ = 0.015: stuck at 2m", small),
@@ -781,13 +842,13 @@ print("OK: features in training mode give a falling loss and wrong scores at inf
 # %% [markdown]
 # Read {numref}`fig-training-failures` panel by panel.
 #
-# - **σ = 0.015**: after some restless steps the loss lies at $2m$ and both shares at 0. The
+# - **σ = 0.015**: the loss lies at $2m$ from the start, and both shares soon at 0. The
 #   discriminator gives everything about the same score. Give it more noise, or features of a
 #   smaller scale.
-# - **σ = 8**: the loss is at 0 and both shares at 1 before halfway. By its curves this is the best of
-#   the three trainings, yet it detects worse than σ = 0.5. It ended like the toy at the beginning:
-#   with the loss at 0 there is no gradient, and noise from so far away has not shown where the
-#   normal vectors end.
+# - **σ = 8**: by halfway the loss is close to 0 and both shares are close to 1. By its curves this
+#   is the best of the three trainings, yet it detects worse than σ = 0.5. It ended like the toy at
+#   the beginning: with the loss at 0 there is no gradient, and noise from so far away has not shown
+#   where the normal vectors end.
 # - **Training mode**: the features of one and the same image change by more than 5% from batch to
 #   batch. A training on them has a loss that falls as it should, so no curve warns you. At
 #   inference the features are others, and many positions of the very images it was trained on count
@@ -820,7 +881,7 @@ def press_ctrl_c(*_):
 interrupted = tiny_head()
 handle = interrupted.discriminator.register_forward_hook(press_ctrl_c)
 try:
-    fit(interrupted, features, FEW, TINY, checkpoint, identity, progress=False)
+    tiny_fit(interrupted, TINY, checkpoint, identity)
 except KeyboardInterrupt:
     print(f"stopped after step {calls} of {TINY.steps}; checkpoint there: {checkpoint.is_file()}")
 handle.remove()
@@ -832,7 +893,7 @@ assert calls == 15
 
 # %%
 resumed = tiny_head()
-fit(resumed, features, FEW, TINY, checkpoint, identity, progress=False)
+tiny_fit(resumed, TINY, checkpoint, identity)
 print("interrupted equals undisturbed:", same_bits(interrupted, undisturbed))
 print("resumed equals undisturbed:    ", same_bits(resumed, undisturbed))
 assert same_bits(resumed, undisturbed) and not same_bits(interrupted, undisturbed)
@@ -846,16 +907,17 @@ with safetensors.safe_open(checkpoint, framework="pt") as file:
     metadata = json.loads(file.metadata()["simplenet"])
     shapes = {name: tuple(file.get_tensor(name).shape) for name in sorted(file.keys())}
 for name, shape in shapes.items():
-    if not name.startswith("discriminator."):
-        print(f"{name:40} {shape}")
-print("and", sum(name.startswith("discriminator.") for name in shapes), "of discriminator.*")
+    if not name.startswith("averages."):
+        print(f"{name:44} {shape}")
+print("and", sum(name.startswith("averages.") for name in shapes), "of averages.*")
 print("metadata:", ", ".join(metadata), "- here step", metadata["step"])
 
 # %% [markdown]
-# The head's parameters and BatchNorm statistics, the curves so far, and for every parameter the two
-# running means that Adam keeps, with its count of steps. No state of a random generator: order and
-# noise depend on the seed and the step alone. The backbone is not in it either, only a hash of its
-# weights, in the metadata.
+# The parameters and BatchNorm statistics of head 0, the curves so far, and for every parameter the
+# two running means that Adam keeps, with its count of steps. The `averages` are those of the
+# weights, for trainings that ask for them. No state of a random generator: order and noise depend
+# on the seed and the step alone. The standardisation is measured anew, on the same images. The
+# backbone is not in it either, only a hash of its weights, in the metadata.
 #
 # The format is [safetensors](https://github.com/huggingface/safetensors): names, shapes and
 # numbers, nothing else. A file written by `torch.save` is a pickle, and a pickle can run code when
@@ -866,7 +928,7 @@ print("metadata:", ", ".join(metadata), "- here step", metadata["step"])
 # %%
 try:
     other = {**identity, "config": replace(TINY, sigma=0.1).to_json()}
-    fit(tiny_head(), features, FEW, TINY, checkpoint, other, progress=False)
+    tiny_fit(tiny_head(), TINY, checkpoint, other)
 except SimpleNetError as error:
     print(str(error).removeprefix(f"{checkpoint}: "))
 
@@ -912,7 +974,7 @@ def draw(start, every_step):
     noises = {}
     for step in range(start, 30):
         if every_step:
-            generator.manual_seed(7 * 1_000_003 + step)
+            generator.manual_seed(random_seed(7, NOISE, step))
         noises[step] = add_noise(torch.zeros(4), 0.5, generator)
     return noises
 
@@ -931,8 +993,9 @@ assert all(torch.equal(whole_seeded[step], restarted_seeded[step]) for step in r
 #
 # A safetensors file begins with 8 bytes: the length of a header, as a little-endian integer. The
 # header is JSON: for each tensor a `dtype`, a `shape` and `data_offsets`, where its bytes begin and
-# end, counted from the end of the header. The rest is numbers. Read `head.adaptor.conv.bias` from
-# the file `checkpoint` with `json` and `numpy` only, and compare with the parameter of `resumed`.
+# end, counted from the end of the header. The rest is numbers. Read `heads.0.adaptor.linear.bias`
+# from the file `checkpoint` with `json` and `numpy` only, and compare with the parameter of
+# `resumed`.
 #
 # **Expected result:** 256 numbers of type F32, equal to those of the head.
 # :::
@@ -942,11 +1005,11 @@ assert all(torch.equal(whole_seeded[step], restarted_seeded[step]) for step in r
 content = checkpoint.read_bytes()
 length = int.from_bytes(content[:8], "little")
 header = json.loads(content[8 : 8 + length])
-entry = header["head.adaptor.conv.bias"]
+entry = header["heads.0.adaptor.linear.bias"]
 begin, end = (8 + length + offset for offset in entry["data_offsets"])
 bias = np.frombuffer(content[begin:end], dtype="<f4").reshape(entry["shape"])
 print(entry["dtype"], bias.shape)
-assert np.array_equal(bias, resumed.adaptor.conv.bias.detach().numpy())
+assert np.array_equal(bias, resumed.adaptor.linear.bias.detach().numpy())
 print("equal to the head's parameter")
 
 # %% [markdown]

@@ -47,12 +47,14 @@ if importlib.util.find_spec("simplenet_lib") is None:
 # %%
 import contextlib
 import csv
+import json
 import math
 import os
 import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -69,7 +71,7 @@ from typer.testing import CliRunner
 
 from simplenet_lib.benchmark import measured_runs
 from simplenet_lib.cli import app
-from simplenet_lib.config import SimpleNetError, preset
+from simplenet_lib.config import Config, SimpleNetError, preset
 from simplenet_lib.dataset import (
     SUFFIXES,
     AnomalyDataset,
@@ -79,16 +81,35 @@ from simplenet_lib.dataset import (
     make_transform,
     read_image,
 )
+from simplenet_lib.drift import describe
 from simplenet_lib.export import OPSET, export_onnx
-from simplenet_lib.features import cache_folder, cached_features
+from simplenet_lib.features import FeatureMaps, Standardise, cache_folder, cached_features
 from simplenet_lib.localization import anomaly_map, image_score, predict, threshold
 from simplenet_lib.model import Head, SimpleNet
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
-from simplenet_lib.training import fit, split_images, train
+from simplenet_lib.training import cached_maps, fit, split_images, train
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD, find_weights
 
 use_book_style()
+
+# %%
+# One head with the margin loss, as these chapters build it; the library's default is a committee.
+ONE_HEAD = {
+    "resize": 320,
+    "crop": 320,
+    "border": "zeros",
+    "neighbourhood": 1,
+    "adaptor_channels": 256,
+    "hidden_channels": 256,
+    "sigma": 0.5,
+    "loss": "margin",
+    "heads": 1,
+    "steps": 100,
+    "batch_size": 2048,
+    "averaging": 0.0,
+    "smoothing": 5.0,
+}
 
 # %% [markdown]
 # ## The idea
@@ -112,13 +133,14 @@ print(f"the new photo is the highest in {highest_is_new} of {len(orders)} orders
 #
 # **Is this a photo like those at all?** If the lamp ages or the lens is out of focus, the detector
 # meets pictures it knows nothing about, and its verdict means nothing. Such a change, {term}`drift`,
-# touches the whole picture. A defect touches a small part of it. So look at the *median* of the
-# anomaly map: the value in the middle when you sort all pixels.
+# touches the whole picture. A defect touches a small part of it. So look at what a small part
+# hardly moves, such as the *median* of the grey levels: the value in the middle when you sort all
+# pixels.
 #
-# Take a quiet map of 25 pixels: eight have 1, nine have 2, eight have 3. In the middle, at place 13,
-# stands a 2. Now a defect: four pixels jump to 9. Of the ones, twos and threes, seven
+# Take a quiet picture of 25 pixels: eight have the grey level 1, nine 2, eight 3. In the middle, at
+# place 13, stands a 2. Now a defect: four pixels jump to 9. Of the ones, twos and threes, seven
 # each remain; place 13 is still a 2. The maximum saw the defect, the median did not. Now instead
-# the whole picture changes, and every pixel rises by 5: the median is 7.
+# the light changes, and every pixel rises by 5: the median is 7.
 
 # %%
 quiet = torch.tensor(
@@ -131,7 +153,7 @@ middle = [sorted(toy.flatten().tolist())[12] for toy in toys]
 highest = [max(toy.flatten().tolist()) for toy in toys]
 print("median:", middle, " maximum:", highest)
 
-# %% mystnb={"image": {"alt": "Three grids of five by five numbers. The first holds 1, 2 and 3. In the second a block of four pixels is bright and reads 9. In the third all numbers lie between 6 and 8. Below them the medians 2, 2 and 7."}, "figure": {"caption": "A defect raises the maximum of a map, a change of the whole picture raises its median.", "name": "fig-photos-background"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three grids of five by five numbers. The first holds 1, 2 and 3. In the second a block of four pixels is bright and reads 9. In the third all numbers lie between 6 and 8. Below them the medians 2, 2 and 7."}, "figure": {"caption": "A defect raises the highest grey level of a picture, other light its median.", "name": "fig-photos-toy"}} tags=["hide-input"]
 figure, axes = plt.subplots(1, 3, figsize=(6.5, 2.7))
 titles = ("as trained", "a defect", "another light")
 for axis, toy, title, level, top in zip(axes, toys, titles, middle, highest, strict=True):
@@ -166,15 +188,22 @@ plt.show()
 # This is the distribution $\text{Beta}(1, n)$ {cite:p}`angelopoulos2023conformal`. It does not
 # depend on how the scores are distributed, as long as no two are equal.
 #
-# The level of a picture is the median of its map $M$. A photo is *unfamiliar* if its level exceeds
-# that of all $k$ normal photos that it is compared with:
+# Whether a photo $x$ looks like the $k$ training photos as a whole, we ask of three properties. Its
+# *light* $l$ compares the grey levels $g_q$ below which a share $q$ of its pixels lies, from 5% to
+# 95%, with their medians $\bar g_q$ over the training photos. Its *sharpness* $s$ compares how much
+# neighbouring pixels differ with how much pixels four apart do:
 #
 # $$
-# b(M) = \operatorname*{median}_{i, j} M_{i, j}, \qquad
-# b(M) > \max_{i = 1 \dots k} b(M^{(i)})
-# $$ (eq-background)
+# l = \operatorname*{median}_q \, \log \frac{g_q + 4}{\bar g_q + 4}, \qquad
+# s = \log \frac{\operatorname{mean} \, (x_{i + 1} - x_i)^2}{\operatorname{mean} \, (x_{i + 4} - x_i)^2}
+# $$ (eq-drift)
 #
-# Shapes: pixels `(N, 3, 256, 256)` become maps `(N, 256, 256)`; scores and levels are `(N,)`.
+# The third property is its mean feature vector of layer2, and its {term}`Mahalanobis distance` from
+# those of the training photos. A photo is *unfamiliar* if $l$ or $s$ lies outside the range of the
+# training photos, with a small margin, or if the distance is larger than a change of a quarter of
+# the picture would make it.
+#
+# Shapes: pixels `(N, 3, 256, 256)` become maps `(N, 256, 256)`; scores, $l$ and $s$ are `(N,)`.
 
 # %% [markdown]
 # ## Build it
@@ -217,23 +246,35 @@ print(len(nuts), "photos,", nuts.samples[0].image.name, "to", nuts.samples[-1].i
 # With photos of your own, more depends on this folder than on anything in the code:
 #
 # - **Fix what you can fix**: lamp, focus, distance, background, camera settings. Crop to the part: the
-#   image is resized to a square, and what is small in it is lost.
+#   image is made smaller, and what is small in it is lost.
 # - **Vary what will vary**: if parts lie at any angle, come from two suppliers or pass by day and by
 #   night, the folder needs all of that. What is not in it counts as unusual.
 # - **Take them on different days**. Ten photos of one part are hardly more than one photo.
 # - **No defects among them**. Look at every photo once. *What can go wrong* shows why.
 
 # %% [markdown]
-# ### The level of a whole map
+# ### The light of a whole photo
 #
-# Equation {eq}`eq-background` is one line, the counterpart of `image_score`:
+# The first half of {eq}`eq-drift` in NumPy, for the three toys, with the quiet one as the usual photo:
 
 
-# %% tags=["library"]
-def background(maps: Tensor) -> Tensor:
-    """Median of each anomaly map: (N, H, W) to (N,)."""
-    return maps.flatten(1).median(dim=1).values
+# %%
+def light(photo: np.ndarray, usual: np.ndarray) -> float:
+    """How much lighter a photo is than usual, as a logarithm; a small part hardly matters."""
+    shares = np.arange(5, 100, 5)
+    levels, usual_levels = (np.percentile(grey, shares) for grey in (photo, usual))
+    return float(np.median(np.log((levels + 4) / (usual_levels + 4))))
 
+
+lights = [light(toy, quiet.numpy()) for toy in toys.numpy()]
+print("light:", [round(value, 2) for value in lights])
+
+# %% [markdown]
+# The defect leaves it at 0; the light turns up by $\log\frac{7 + 4}{2 + 4} = 0.61$.
+#
+# The library's `describe` measures all three properties, and `Drift` remembers what they are for the
+# training photos; both are in `simplenet_lib/drift.py`. `predict` asks for every photo and puts the
+# answer into `Prediction.unfamiliar`: a list of reasons, such as `"darker"`, and mostly empty.
 
 # %% [markdown]
 # ### From pixels to the answer
@@ -258,32 +299,38 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Map RGB pixels (N, 3, crop, crop), 0 to 1, to maps (N, crop, crop) and scores (N,)."""
+        """Map RGB pixels (N, 3, H, W), 0 to 1, to anomaly maps (N, H, W) and scores (N,)."""
         config = self.model.config
         scores = self.model((pixels - self.mean) / self.std)
-        maps = anomaly_map(scores, config.crop, config.smoothing)
+        maps = self.model.in_units(anomaly_map(scores, config.seen, config.smoothing))
         return maps, image_score(maps)
 
 
 # %% [markdown]
 # ### Train
 #
-# `train` does the rest: features, head, threshold, and the level beyond which a photo is unfamiliar.
-# It takes the levels of $k = 20$ normal photos, the held-out ones first. The batches are a
-# quarter of chapter 7's, to save time. The features come from the cache: it knows the photos by
-# their contents, not by their names.
+# `train` does the rest: features, training, threshold, and what the photos look like as a whole. A
+# single head would keep six photos out of its training, and a threshold from six is a lottery, as
+# you will see. So the library's default is a *committee* of five heads. Each is trained without
+# another fifth of the photos, and every photo is scored by the head that has not seen it. All 60 then
+# count for the threshold. A new photo is scored by all five, on a scale where 0 is the typical good
+# photo and 1 the threshold.
+#
+# Here they are five of the heads of these chapters, with a quarter of chapter 7's batches, to save
+# time. The features come from the cache: it knows the photos by their contents, not by their names.
 
 # %%
-CONFIG = preset("fast", resize=256, crop=256, batch_size=512)
+CONFIG = preset("fast", **{**ONE_HEAD, "heads": 5, "resize": 256, "crop": 256, "batch_size": 512})
 trained = train(nuts, CONFIG, progress=False)
 model = trained.model
 model.save(here / "nut-model" / "model.safetensors")
-print(len(nuts) - trained.held_out, "trained on,", trained.held_out, "held out")
-print("photos to compare the level with:", max(20, trained.held_out))
+single, committee = (split_images(len(nuts), heads, CONFIG.seed) for heads in (1, 5))
+print("one head:   scored by a head that has not seen them:", (single >= 0).sum(), "photos")
+print("five heads: scored by a head that has not seen them:", (committee >= 0).sum(), "photos")
 
 # %% [markdown]
-# Without writing Python, the same is one command. (It uses preset `fast` with larger images and
-# batches; `--set` changes a setting.)
+# Without writing Python, the same is one command. (It uses preset `fast` with larger images, more
+# steps and other heads; `--set` changes a setting.)
 #
 # ```bash
 # simplenet train --data good_nuts --output nut-model
@@ -292,19 +339,20 @@ print("photos to compare the level with:", max(20, trained.held_out))
 # It finds no test images in the folder, says that there is nothing to evaluate, and prints:
 #
 # ```text
-# The threshold is the highest score of 6 held-out good photos: expect about 14% false alarms on
-# good photos like them.
+# The threshold is the highest score of 60 good photos, each scored by heads that have not seen it:
+# expect about 1.6% false alarms on good photos like them.
 # ```
 #
-# You know where the 14% come from: $1 / (6 + 1)$.
+# You know where the 1.6% come from: $1 / (60 + 1)$.
 #
 # ## Check it
 #
-# The medians by hand, `Detector` against its parts, and the folder against chapter 1's dataset.
+# The toys by hand, `Detector` against its parts, and the folder against chapter 1's dataset.
 
 # %%
-assert background(toys).tolist() == middle == [2, 2, 7]
+assert toys.flatten(1).median(dim=1).values.tolist() == middle == [2, 2, 7]
 assert image_score(toys).tolist() == highest == [3, 9, 8]
+assert np.allclose(lights, [0, 0, math.log(11 / 6)])
 assert highest_is_new / len(orders) == 1 / 4
 
 laid_out = AnomalyDataset(data, "nut", "train", transform)
@@ -315,7 +363,8 @@ assert all(
 )
 key = model.feature_key()
 entries = [cached_features(model.features, one, key, progress=False) for one in (nuts, laid_out)]
-assert entries[0].filename == entries[1].filename  # one entry of the cache for both
+assert entries[0].digests == entries[1].digests  # one entry of the cache for both
+assert entries[0].maps[0].filename == entries[1].maps[0].filename
 
 detector = Detector(model).eval()
 three = torch.stack(
@@ -328,7 +377,7 @@ assert maps.shape == (3, 256, 256) and scores.shape == (3,)
 for prediction, map_, score in zip(from_files, maps.numpy(), scores.tolist(), strict=True):
     assert np.abs(prediction.map - map_).max() < 1e-3
     assert abs(prediction.score - score) < 1e-3
-print("OK: medians, folder and module agree with what they were built from")
+print("OK: toys, folder and module agree with what they were built from")
 
 # %% [markdown]
 # ## What it does
@@ -338,45 +387,39 @@ print("OK: medians, folder and module agree with what they were built from")
 
 
 # %%
-@torch.inference_mode()
-def maps_of(head: Head, features: np.ndarray) -> Tensor:
-    """Anomaly maps (n, 256, 256) from cached features (n, 32, 32, C)."""
-    scores = [
-        head(torch.from_numpy(image.copy()).float().permute(2, 0, 1)[None]) for image in features
-    ]
-    return anomaly_map(torch.cat(scores), CONFIG.crop, CONFIG.smoothing)
-
-
 test = AnomalyDataset(data, "nut", "test", transform)
 labels = np.array([sample.label for sample in test.samples])
 kinds = np.array([sample.defect for sample in test.samples])
 nut_features = cached_features(model.features, nuts, key, progress=False)
 test_features = cached_features(model.features, test, key, progress=False)
-test_maps = maps_of(model.head, test_features)
+test_maps = cached_maps(model, test_features, range(len(test)))
 test_scores = image_score(test_maps).numpy()
 good, defects = test_scores[labels == 0], test_scores[labels == 1]
-unfamiliar = (background(test_maps) > model.background).numpy()
+# The cache holds what `describe` says of every photo, too.
+reasons = model.drift(torch.from_numpy(test_features.descriptions))
+unfamiliar = np.array([bool(found) for found in reasons])
 
 # %% tags=["nbval-ignore-output"]
-print(f"false alarms:   {(good > model.threshold).sum()} of 20 good nuts")
-print(f"defects found:  {(defects > model.threshold).sum()} of 40")
+print(f"false alarms:   {(good > 1).sum()} of 20 good nuts")
+print(f"defects found:  {(defects > 1).sum()} of 40")
 print(f"unfamiliar:     {unfamiliar.sum()} of 60")
 
 # %%
-assert (good > model.threshold).mean() < 0.5
-assert (defects > model.threshold).mean() > 0.6
-assert unfamiliar.mean() < 0.5
-print("OK: most verdicts are right, most photos are familiar")
+assert (good > 1).mean() < 0.3
+assert (defects > 1).mean() > 0.6
+assert unfamiliar.mean() < 0.1
+print("OK: most verdicts are right, the photos are familiar")
 
 # %% [markdown]
 # ## How many photos are enough?
 #
-# The runs below were measured beforehand, with preset `fast`: from the training images of one
+# The runs below were measured with the first edition of the library, whose default was the one head of
+# these chapters: from the training images of one
 # category a number of photos is drawn at random, and of these a tenth is held out, at least one. All
 # of it is repeated with three seeds. `nut` is synthetic, `bottle` is from {term}`MVTec AD`.
 
 # %%
-runs = measured_runs("photos")
+runs = measured_runs("first_photos")
 names = list(dict.fromkeys(run["category"] for run in runs))
 curves: dict[str, dict[int, list[dict]]] = {name: {} for name in names}
 for run in runs:
@@ -387,24 +430,24 @@ curves = {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 print(f"{'':8}{'photos':>7}{'held out':>10}{'image AUROC':>16}{'false alarms':>16}{'found':>12}")
 for name, curve in curves.items():
     for count, group in curve.items():
-        _, out = split_images(count, 0.1, 0)
+        out = np.flatnonzero(split_images(count, 1, 0) == 0)
         columns = []
         for metric in ("image_auroc", "false_alarm_rate", "detection_rate"):
             values = [run[metric] for run in group]
-            columns.append(f"{statistics.mean(values):.2f} ± {statistics.pstdev(values):.2f}")
+            columns.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
         print(f"{name:8}{count:7}{len(out):10}{columns[0]:>16}{columns[1]:>16}{columns[2]:>14}")
 
-# %% mystnb={"image": {"alt": "Two panels over the number of photos. Left, image AUROC with error bars: bottle is close to 1 throughout, nut rises up to 20 photos and then stays. Right, false alarm rates of both with long error bars; they fall along a dotted curve."}, "figure": {"caption": "Detectors trained on few and on many photos, preset fast: mean and standard deviation over three seeds. The dotted line is what the number of held-out photos lets you expect.", "name": "fig-photos-curve"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Two panels over the number of photos. Left, image AUROC with error bars: bottle is close to 1 throughout, nut rises up to 20 photos and then stays. Right, false alarm rates of both with long error bars; they fall along a dotted curve."}, "figure": {"caption": "Detectors trained on few and on many photos, one head: mean and standard deviation over three seeds. The dotted line is what the number of held-out photos lets you expect.", "name": "fig-photos-curve"}} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 3))
 for name, color, marker in zip(sorted(curves), ("C2", "C4"), "os", strict=False):
     counts = list(curves[name])
     for axis, metric in zip(axes, ("image_auroc", "false_alarm_rate"), strict=True):
         groups = [[run[metric] for run in group] for group in curves[name].values()]
         means = np.array([np.mean(values) for values in groups])
-        spread = np.array([np.std(values) for values in groups])
+        spread = np.array([np.std(values, ddof=1) for values in groups])
         axis.errorbar(counts, means, spread, fmt=f"{marker}-", color=color, capsize=3, label=name)
 counts = sorted({count for curve in curves.values() for count in curve})
-expected = [1 / (len(split_images(count, 0.1, 0)[1]) + 1) for count in counts]
+expected = [1 / ((split_images(count, 1, 0) == 0).sum() + 1) for count in counts]
 axes[1].plot(counts, expected, "k:", label="1 / (n + 1)")
 axes[1].set_ylim(-0.05, 1.05)
 for axis in axes:
@@ -475,8 +518,9 @@ plt.show()
 # %% [markdown]
 # With three held-out photos, the detector you got may well call half of all good parts defective:
 # that happens with probability $(1 - \frac12)^3 = \frac18$. If you hold out 59, the rate exceeds 5%
-# with a probability of only $0.95^{59} \approx 0.05$. So take more photos than you need for
-# training and raise `holdout`: `--set holdout=0.5`.
+# with a probability of only $0.95^{59} \approx 0.05$. A single head, which keeps a tenth of its photos
+# out, needs 590 of them for that. In a committee every photo counts: 59 are enough, and what they
+# promise holds nearly as well. (Nearly: each photo is scored by some of the heads, a new one by all.)
 #
 # ## What does an error cost?
 #
@@ -528,7 +572,7 @@ best = {miss: int(np.argmin(values)) for miss, values in costs.items()}
 assert quantiles[best[10]] >= quantiles[best[100]] >= quantiles[best[1000]]
 print("OK: the dearer a miss, the lower the best threshold")
 
-# %% mystnb={"image": {"alt": "Three curves of cost against the quantile. For misses that cost 10 or 100 the curve falls steadily and is lowest close to quantile 1. For misses that cost 1000 it falls, then rises again; its lowest point lies further left."}, "figure": {"caption": "Expected cost of 1,000 nuts, 1% of them with a defect, in units of one false alarm. Rates from the test set, as an illustration; dots mark the lowest cost.", "name": "fig-photos-cost"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three curves of cost against the quantile. For misses that cost 10 or 100 the curve falls and is lowest close to quantile 1. For misses that cost 1000 it falls, then rises again, steeply at the end; its lowest point lies further left."}, "figure": {"caption": "Expected cost of 1,000 nuts, 1% of them with a defect, in units of one false alarm. Rates from the test set, as an illustration; dots mark the lowest cost.", "name": "fig-photos-cost"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
 for (miss, values), style in zip(costs.items(), (":", "--", "-"), strict=True):
     axis.plot(quantiles, values, style, color="0.2", label=f"a miss costs {miss:,}")
@@ -548,7 +592,7 @@ plt.show()
 # ## Are these photos like those?
 #
 # Take ten test images, a sixth of the set, good ones and defects. Change the whole picture in seven
-# ways that happen to cameras, and ask for each: how many are unfamiliar by {eq}`eq-background`,
+# ways that happen to cameras, and ask for each: how many are unfamiliar, for which reasons,
 # and how many are called anomalous? As they are, about six of the ten should be
 # called anomalous: so many show a defect.
 
@@ -571,78 +615,82 @@ conditions = {
 }
 print("defects among the ten:", int(labels[ten].sum()))
 
-levels = {"as they are": background(test_maps[ten])}  # known from above
-called = {"as they are": (test_scores[ten] > model.threshold).mean()}
-for name, changed in list(conditions.items())[1:]:
-    with torch.inference_mode():
-        changed_maps, changed_scores = detector(changed)
-    levels[name] = background(changed_maps)
-    called[name] = (changed_scores > model.threshold).float().mean()
+
+@torch.inference_mode()
+def ask(changed: Tensor) -> tuple[Tensor, list[list[str]]]:
+    """Scores of photos (N, 3, H, W), 0 to 1, and reasons to distrust them: as `predict` does."""
+    images = (changed - detector.mean) / detector.std
+    return detector(changed)[1], model.drift(describe(images, model.features.outputs(images)[0]))
+
+
+answers = {name: ask(changed) for name, changed in conditions.items()}
+called = {name: float((scores > 1).float().mean()) for name, (scores, _) in answers.items()}
+shares = {name: float(np.mean([bool(r) for r in found])) for name, (_, found) in answers.items()}
 
 # %% tags=["nbval-ignore-output"]
 print(f"{'':15}unfamiliar  called anomalous")
-for name, level in levels.items():
-    share = (level > model.background).float().mean()
-    print(f"{name:15}{share:10.1f}{called[name]:18.1f}")
+for name in conditions:
+    print(f"{name:15}{shares[name]:10.1f}{called[name]:18.1f}")
 
-# %% mystnb={"image": {"alt": "Above, one nut in eight versions: as it is, two darker ones, warmer, blurred, noisy, smaller and shifted. Below each, ten dots for the levels of ten images. As it is and darker, the dots lie around a dashed line; blurred and noisy they lie far above it, under the other conditions a little above."}, "figure": {"caption": "The same ten images under eight conditions: one of them, and the level (median of the map) of all ten. Above the dashed line a photo is unfamiliar.", "name": "fig-photos-drift"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Above, one nut in eight versions: as it is, two darker ones, warmer, blurred, noisy, smaller and shifted. Below a table of five reasons and eight conditions. As it is and shifted have no entry, light x 0.85 has two times darker. At light x 0.7, warmer, out of focus, noisy and zoomed all ten are another scene; nearly all at x 0.7 are also darker, all blurred ones less sharp, all noisy ones sharper or noisier."}, "figure": {"caption": "The same ten images under eight conditions: one of them, and how many of the ten are unfamiliar for which reason.", "name": "fig-photos-drift"}} tags=["hide-input"]
+REASONS = ("darker", "lighter", "less sharp", "sharper or noisier", "another scene")
+table = np.array(
+    [[sum(reason in one for one in found) for _, found in answers.values()] for reason in REASONS]
+)
 figure = plt.figure(figsize=(7.5, 3.9))
 grid = figure.add_gridspec(2, 8, height_ratios=[1, 1.9])
 below = figure.add_subplot(grid[1, :])
-for column, (name, changed) in enumerate(conditions.items()):
+for column, changed in enumerate(conditions.values()):
     axis = figure.add_subplot(grid[0, column])
     axis.imshow(changed[4].permute(1, 2, 0))
     axis.set_axis_off()
-    jitter = np.linspace(-0.25, 0.25, len(ten))
-    colors = [DEFECT if label else NORMAL for label in labels[ten]]
-    below.scatter(column + jitter, levels[name], c=colors, s=16)
-below.axhline(model.background, color="black", linestyle="--", linewidth=1)
-below.set_xlim(-0.5, 7.5)
+below.imshow(table, cmap="Reds", vmin=0, vmax=14, aspect="auto")
+for (row, column), value in np.ndenumerate(table):
+    if value:
+        below.text(column, row, str(value), ha="center", va="center", fontsize=9)
 below.set_xticks(range(8), [name.replace(" ", "\n", 1) for name in conditions], fontsize=9)
-below.set_ylabel("level")
-below.plot([], [], "o", color=NORMAL, markersize=4, label="good")
-below.plot([], [], "o", color=DEFECT, markersize=4, label="defect")
-below.legend(loc="upper left")
-figure.suptitle("Focus, noise and colour are noticed, a little less light is not", fontsize=11)
+below.set_yticks(range(5), REASONS, fontsize=9)
+below.tick_params(length=0)
+figure.suptitle(
+    "Light, focus, noise and distance are noticed, defects and a shift are not", fontsize=11
+)
 plt.show()
 
 # %%
-shares = {name: float((level > model.background).float().mean()) for name, level in levels.items()}
-assert max(shares["as they are"], shares["light x 0.85"]) <= 0.5
-for name in ("warmer light", "out of focus", "sensor noise", "zoom 0.8"):
+assert shares["as they are"] == 0 and shares["light x 0.85"] <= 0.5
+for name in ("light x 0.7", "warmer light", "out of focus", "sensor noise", "zoom 0.8"):
     assert shares[name] >= 0.8
 assert min(called[name] for name in ("warmer light", "out of focus", "sensor noise")) >= 0.8
 print("OK: strong changes are noticed, and their verdicts are worth nothing")
 
 # %% [markdown]
-# Read the two columns together. Where all photos are unfamiliar, all or nearly all are called
-# anomalous, good or not. Without the check you would look for the defects. With it you look at the
-# lens.
-#
-# In every column of the figure good nuts and defects mix: a defect hardly moves the level.
+# Read the two columns of the table together. In warmer light, out of focus, with noise or from farther
+# away all photos are unfamiliar, and all or nearly all are called anomalous, good or not. Without the
+# check you would look for the defects. With it you look at the lens. (With light x 0.7 all are
+# unfamiliar as well, though here the verdicts hold up.) The first column of the figure is empty, although six of the ten have a defect: a
+# defect is no reason.
 #
 # What the check does not see:
 #
-# - **Mild darkening.** Light x 0.85 looks like the good photos to it, and x 0.7 does in part. The
-#   training nuts differ in brightness themselves. (The verdicts hold up as well, here.)
-# - **A shift of a texture.** A shifted nut leaves its usual place in the picture, and most are
-#   noticed. A shifted photo of cloth is just another photo of cloth.
+# - **Mild darkening.** Most photos with light x 0.85 still lie in the range of the good photos, which
+#   differ in brightness themselves. If training photos differ by more than a factor of 1.5, light is
+#   not asked for at all.
+# - **A shift.** The photo as a whole is the same, and so nothing warns you. But the part has left its
+#   usual place, beside it the border is mirrored, and all ten are called anomalous.
 # - **Anything that leaves most of the picture alone.** A hair on the lens is a defect to it.
 #
-# And it is not a statistical test. The limit is the highest of 20 levels, most of them from photos
-# that were trained on. So no false alarm rate follows from it, and a few unchanged test photos
-# exceed it, as you saw above. A single unfamiliar photo means little. If most photos of a day are
+# And it is not a statistical test: its margins are numbers that we chose, and no false alarm rate
+# follows from them. A single unfamiliar photo means little. If most photos of a day are
 # unfamiliar, something has changed.
 #
 # `simplenet predict` writes the answer into a column, and warns if more than half of the photos
-# are unfamiliar. Make a folder `today`: a sharp nut with a fibre (the one with the most familiar
-# level), and four good nuts out of focus. Then run the command.
+# are unfamiliar. Make a folder `today`: a sharp nut with a fibre, and four good nuts out of focus. Then
+# run the command.
 
 # %% tags=["nbval-ignore-output"]
 (here / "today").mkdir()
 fibres = np.flatnonzero(kinds == "fibre")
-familiar = int(fibres[background(test_maps[fibres]).argmin()])
-fibre = test.samples[familiar].image
+fibre = test.samples[int(fibres[0])].image
 shutil.copy(fibre, here / "today" / "IMG_0001.png")
 for number, index in enumerate(np.flatnonzero(labels == 0)[:4], start=2):
     blurred = read_image(test.samples[index].image).filter(ImageFilter.GaussianBlur(2))
@@ -662,7 +710,7 @@ for row in rows:
 # %%
 assert done.exit_code == 0 and "do not trust" in done.stdout
 assert rows[0]["verdict"] == "anomalous"
-assert [row["unfamiliar"] for row in rows[1:]] == ["yes"] * 4
+assert rows[0]["unfamiliar"] == "" and all("less sharp" in row["unfamiliar"] for row in rows[1:])
 print("OK: the command finds the fibre and warns of the four blurred photos")
 
 # %% [markdown]
@@ -674,10 +722,9 @@ print("OK: the command finds the fibre and warns of the four blurred photos")
 #
 # `export_onnx` (command: `simplenet export nut-model`) sends an example through `Detector`,
 # writes down every operation, and stores the backbone's weights with them. Inside the graph are
-# normalisation, backbone, standardisation, head, map and score. Outside stay reading the photo,
-# resizing and cropping. One operation needs a translation of our own: `anomaly_map` takes a
-# median, and ONNX has none. It has *the k largest or smallest*, and the last of the smallest half is
-# the median.
+# normalisation, backbone, standardisation, heads, map and score. Outside stay reading the photo,
+# resizing and cropping. Outside stays also the question whether a photo is familiar: let
+# `simplenet predict` look at the photos of a day now and then.
 
 # %%
 onnx_file = here / "nut.onnx"
@@ -708,38 +755,36 @@ print(
 )
 
 # %% [markdown]
-# A verdict needs four more numbers: threshold, level, and the two sides for resizing and cropping.
-# They are in the file, too, as *metadata*. So this function knows nothing but the file. It uses
+# The verdict is whether the score exceeds 1. What another program still needs are height and width for
+# resizing and for the part that is cut out. They are in the file, too, as *metadata* in JSON: `size`
+# and `seen`. So this function knows nothing but the file. It uses
 # Pillow, NumPy and ONNX Runtime. `exif_transpose` turns photos upright that a phone stored lying
 # down; the library does the same.
 
 
 # %%
-def verdict(session: onnxruntime.InferenceSession, path: Path) -> tuple[float, bool, bool]:
-    """Score of a photo, whether it is anomalous, and whether it is unfamiliar."""
+def verdict(session: onnxruntime.InferenceSession, path: Path) -> tuple[float, bool]:
+    """Score of a photo, and whether it is anomalous."""
     facts = session.get_modelmeta().custom_metadata_map
-    resize, crop = int(facts["resize"]), int(facts["crop"])
+    (height, width), (tall, wide) = json.loads(facts["size"]), json.loads(facts["seen"])
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file).convert("RGB")
-    image = image.resize((resize, resize), Image.Resampling.BILINEAR)
-    edge = round((resize - crop) / 2)
-    image = image.crop((edge, edge, edge + crop, edge + crop))
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = round((height - tall) / 2), round((width - wide) / 2)
+    image = image.crop((left, top, left + wide, top + tall))
     values = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None] / 255
-    maps, scores = session.run(["map", "score"], {"pixels": values})
-    score, level = float(scores[0]), float(np.quantile(maps, 0.5, method="lower"))
-    return score, score > float(facts["threshold"]), level > float(facts["background"])
+    _, scores = session.run(["map", "score"], {"pixels": values})
+    return float(scores[0]), float(scores[0]) > 1
 
 
 photo = here / "photo.jpg"  # a photo of another size, as a camera would store it
 read_image(fibre).resize((640, 480), Image.Resampling.BICUBIC).save(photo, quality=95)
 for path in (fibre, photo):
-    score, anomalous, unlike = verdict(session, path)
+    score, anomalous = verdict(session, path)
     (ours,) = predict(model, ImageFiles([Sample(path, "good")], transform), progress=False)
-    level = float(background(torch.from_numpy(ours.map)[None]))
     tolerance = 1e-3 if path == fibre else 0.1
     assert abs(score - ours.score) < tolerance
     assert anomalous == ours.anomalous
-    assert unlike == (level > model.background) or abs(level - model.background) < tolerance
 print("OK: the same verdicts without PyTorch")
 
 # %% [markdown]
@@ -794,26 +839,59 @@ print("OK: both programs measured at both batch sizes")
 # ### A defect among the good photos
 #
 # Four scratched nuts slip into the folder, unnoticed among 54 good ones. Nothing complains: training
-# takes them for normal.
+# takes them for normal. A single head shows it: one trained without them, one with them, both with a
+# threshold from the same six held-out nuts.
+
 
 # %%
+def one_head(
+    features: FeatureMaps, folds: np.ndarray, config: Config
+) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+    """Train a single head; what comes back scores images by their features, in no unit."""
+    torch.manual_seed(config.seed)
+    head, standardise = Head(1536, config), Standardise(1536)
+    fit([head], standardise, features, folds, config, progress=False)
+
+    @torch.inference_mode()
+    def score_maps(maps: Sequence[np.ndarray]) -> Tensor:
+        return torch.stack([head(standardise(torch.from_numpy(f.copy()).float())) for f in maps])
+
+    usual = score_maps(features[::6]).median()  # `anomaly_map` takes 0 for what is normal
+
+    def scores(maps: Sequence[np.ndarray]) -> np.ndarray:
+        smooth = anomaly_map(score_maps(maps) - usual, config.seen, config.smoothing)
+        return image_score(smooth).numpy()
+
+    return scores
+
+
+def joined(features: Sequence[FeatureMaps], images: Sequence[Sequence[int]]) -> FeatureMaps:
+    """Some images of several sets of cached features, as one set."""
+    chosen = [(f, int(i)) for f, some in zip(features, images, strict=True) for i in some]
+    return FeatureMaps(
+        [f.maps[i] for f, i in chosen],
+        np.stack([f.descriptions[i] for f, i in chosen]),
+        [f.digests[i] for f, i in chosen],
+    )
+
+
 scratched = np.flatnonzero(kinds == "scratch")
-slipped_in, others = scratched[:4], scratched[4:]
-polluted = np.concatenate([nut_features, test_features[slipped_in]])
-training_images, held_out = split_images(len(nuts), CONFIG.holdout, CONFIG.seed)
+slipped_in = scratched[:4]
+polluted = joined([nut_features, test_features], [range(60), slipped_in])
+held_out = np.flatnonzero(single == 0)
+HEAD = replace(CONFIG, heads=1)
 
-torch.manual_seed(CONFIG.seed)
-head = Head(1536, CONFIG)
-fit(head, polluted, [*training_images, 60, 61, 62, 63], CONFIG, progress=False)
-polluted_limit = threshold(image_score(maps_of(head, nut_features[held_out])), 1.0)
-polluted_scores = image_score(maps_of(head, test_features[scratched])).numpy()
-
-before = test_scores[scratched] - model.threshold
-after = polluted_scores - polluted_limit
+clean = one_head(nut_features, single, HEAD)
+spoilt = one_head(polluted, np.append(single, [-1] * 4), HEAD)
+before, after = (
+    scores(test_features[scratched])
+    - threshold(torch.from_numpy(scores(nut_features[held_out])), 1.0)
+    for scores in (clean, spoilt)
+)
 assert before[:4].mean() - after[:4].mean() > 0.2
 print("OK: the scratches that were trained on lose their scores")
 
-# %% mystnb={"image": {"alt": "Eight rows, one for each scratched nut, with an arrow from its score before to its score after. The upper four, which were in the folder, drop from clearly above the threshold to near it or below. The lower four lose score as well, most of them less."}, "figure": {"caption": "Scores of eight scratched nuts, counted from the threshold: trained on good nuts alone (circles), and with the upper four among them (arrow heads).", "name": "fig-photos-intruders"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Eight rows, one for each scratched nut, with an arrow from its score before to its score after. The upper four, which were in the folder, drop from above the threshold to below it. Of the lower four, the two that stood out lose score as well; the two near the threshold hardly move."}, "figure": {"caption": "Scores of eight scratched nuts, counted from the threshold: trained on good nuts alone (circles), and with the upper four among them (arrow heads).", "name": "fig-photos-intruders"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
 places = [*range(4), *range(5, 9)]
 for place, start, end in zip(places, before, after, strict=True):
@@ -837,63 +915,63 @@ plt.show()
 # The other four nuts show how far this spreads: the scratches that stood out lose part of their
 # score as well.
 #
-# Now let a single scratched nut slip in where the draw puts it among the *held-out* photos. Then
-# it sets the threshold, and every defect that looks fainter is missed:
+# In the committee every photo is held out from a head. So a single scratched nut among the good ones
+# need not be trained on to do harm: it sets the threshold, and every defect that looks fainter is
+# missed.
 
 # %% tags=["nbval-ignore-output"]
 order = scratched[np.argsort(test_scores[scratched])]
-print(f"threshold from good photos: finds {(defects > model.threshold).mean():.0%} of the defects")
+print(f"threshold from good photos: finds {(defects > 1).mean():.0%} of the defects")
 for name, intruder in (("faintest", order[0]), ("clearest", order[-1])):
-    limit = max(model.threshold, float(test_scores[intruder]))
+    limit = max(1, float(test_scores[intruder]))
     rest = test_scores[(labels == 1) & (np.arange(60) != intruder)]
-    print(f"{name} scratch held out:      finds {(rest > limit).mean():.0%} of the others")
+    print(f"{name} scratch among them: finds {(rest > limit).mean():.0%} of the others")
 
 # %%
-assert (defects > test_scores[order[-1]]).mean() < (defects > model.threshold).mean() - 0.2
-held_out_scores = image_score(maps_of(model.head, nut_features[held_out]))
-deciding = nuts.samples[held_out[int(held_out_scores.argmax())]]
-assert deciding.image.parent.name == "good_nuts" and math.isclose(
-    float(held_out_scores.max()), model.threshold, abs_tol=1e-3
-)
-print("OK: one defect among the held-out photos blinds the detector")
+assert (defects > test_scores[order[-1]]).mean() < (defects > 1).mean() - 0.2
+oddest = np.argsort(-trained.scores)[:3]
+assert math.isclose(trained.scores[oddest[0]], 1, abs_tol=1e-3)  # it is the threshold
+print("OK: one defect among the photos blinds the detector")
 
 # %% [markdown]
-# The remedy costs a minute. Run `simplenet predict` on your own folder of good photos and
-# look at the few with the highest scores, above all at the one that sets the threshold.
+# The remedy costs a minute. `simplenet train` names the three good photos with the highest scores, the
+# one that sets the threshold first. Look at them.
 #
 # ### Photos that are nearly the same
 #
-# Somebody took 15 parts, four photos each, in bursts. Now the folder has 60 photos, and six are
-# held out at random, as before. But each of the six has its twins among the photos trained on. Here
+# Somebody took 15 parts, four photos each, in bursts. Now the folder has 60 photos, and a single head
+# holds out six of them at random. But each of the six has its twins among the photos trained on. Here
 # the twins are exact copies. Afterwards, the 45 nuts that were never in the folder serve as new
 # good parts.
 
 # %%
 part = [position // 4 for position in range(60)]  # photos 0 to 3 show part 0, and so on
-burst_training, burst_held_out = split_images(60, CONFIG.holdout, CONFIG.seed)
-short = replace(CONFIG, steps=50)
-
-torch.manual_seed(CONFIG.seed)
-head = Head(1536, CONFIG)
-fit(head, nut_features, [part[i] for i in burst_training], short, progress=False)
-twins = image_score(maps_of(head, nut_features[[part[i] for i in burst_held_out]]))
-new = image_score(maps_of(head, nut_features[15:]))
-rate_from_twins = float((new > threshold(twins, 1.0)).float().mean())
-rate_from_six_new = float((new[6:] > threshold(new[:6], 1.0)).float().mean())
+burst = joined([nut_features], [part])
+of_burst = one_head(burst, single, replace(HEAD, steps=50))
+twins, new = of_burst(burst[held_out]), of_burst(nut_features[15:])
+rate_from_twins = float((new > twins.max()).mean())
+draws = np.random.default_rng(0)
+rates = []
+for _ in range(2000):
+    shuffled = draws.permutation(new)
+    rates.append(float((shuffled[6:] > shuffled[:6].max()).mean()))
 
 # %% tags=["nbval-ignore-output"]
 print(f"threshold from six photos with twins: {rate_from_twins:.0%} false alarms")
-print(f"threshold from six new parts:         {rate_from_six_new:.0%} false alarms")
+print(
+    f"threshold from six new parts:         {np.mean(rates):.0%} on average over all draws of six"
+)
 
 # %%
-assert rate_from_twins > 0.4
-assert rate_from_twins > rate_from_six_new
-print("OK: twins make the threshold far too low")
+assert abs(np.mean(rates) - 1 / 7) < 0.02
+assert rate_from_twins > 2 * np.mean(rates)
+print("OK: twins make the threshold too low: more than twice the false alarms")
 
 # %% [markdown]
 # The formula promised one in seven. It assumed exchangeable photos, and these are not: a held-out
 # photo with a twin that was trained on scores like a photo that was trained on, and new parts do not.
-# Keep one photo of each burst. If photos of one day resemble each other, hold out whole days.
+# A committee is fooled in the same way: whatever fifth is left out, its twins are not.
+# Keep one photo of each burst.
 #
 # ### Three held-out photos
 #
@@ -955,9 +1033,9 @@ print(f"{rate:.2f}")
 # :::{exercise} hard: a check that sees darkness
 # :label: ex-photos-brightness
 #
-# The level of the map did not see light x 0.85. Build a check that needs no network: the mean of all
-# pixels of a photo, compared with the lowest and the highest mean of the 60 good nuts. Which of the
-# eight conditions does it see? Which does it miss that the level sees?
+# Build a simpler check of the light: the mean of all pixels of a photo, compared with the lowest and
+# the highest mean of the 60 good nuts. Which of the eight conditions does it see? Which does it miss
+# that `Drift` sees?
 #
 # **Expected result:** it sees all ten photos at x 0.7, but fewer than half at x 0.85, and none that
 # is out of focus.
@@ -975,7 +1053,7 @@ assert outside["light x 0.7"] == 10
 assert outside["light x 0.85"] < 5
 assert outside["out of focus"] == outside["as they are"] == 0
 # The good nuts differ in brightness by a third, so 15% less light is nothing unusual among them.
-# What varies in the folder counts as normal, here as well. Use both checks.
+# What varies in the folder counts as normal, here as well. Focus moves no mean at all.
 
 # %% [markdown]
 # ## Quiz
@@ -998,7 +1076,7 @@ assert outside["out of focus"] == outside["as they are"] == 0
 # <summary>Answer</summary>
 #
 # The check must not react to defects, or it would tell you to distrust the verdicts that are right.
-# The maximum is the image score itself. The mean rises with a defect, a little with a small one
+# The maximum is where a defect shows first. The mean rises with a defect, a little with a small one
 # and a lot with a large one. The median hardly moves until a defect covers nearly half of the picture.
 #
 # </details>
@@ -1021,10 +1099,10 @@ assert outside["out of focus"] == outside["as they are"] == 0
 # - The highest score of $n$ held-out photos gives $1/(n+1)$ false alarms on average, with a wide
 #   spread for small $n$; 59 photos promise at most 5%. Both assume exchangeable photos.
 # - Prices decide which quantile becomes the threshold. The threshold itself comes from good photos.
-# - The median of the map notices other light, focus or noise in the whole picture. It misses mild
-#   darkening, and it is a hint, not a test.
-# - The ONNX file holds everything from pixels to score, agrees with PyTorch within 0.0001, and carries
-#   threshold and sides along.
+# - Light, sharpness and mean features notice a change of the whole picture, and no defect. They miss
+#   mild darkening and a shift, and they are a hint, not a test.
+# - The ONNX file holds everything from pixels to score, where 1 is the threshold, agrees with PyTorch
+#   within 0.0001, and carries its sides along.
 #
 # ## References
 #
