@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simplenet_lib import training
 from simplenet_lib.baselines import PatchCore, PixelGaussian, PositionGaussian
 from simplenet_lib.benchmark import compare, datasets
 from simplenet_lib.config import Config, preset
@@ -38,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1},
     "margin loss": {"loss": "margin"},
     "zeros at the border": {"border": "zeros"},
-    "one level and scale": {},
+    "one unit for all positions": {"position_units": False},
     "squashed to a square": {"ratio": 1.0},
     "320 pixels": {"resize": 320, "crop": 320, "smoothing": 5.0},
     "no neighbourhood": {"neighbourhood": 1},
@@ -76,21 +75,11 @@ def report(
     }
 
 
-def no_places(maps: Tensor, side: int) -> Tensor:
-    """In place of means around every position: one mean of all positions."""
-    return maps.mean(dim=(-2, -1), keepdim=True).expand_as(maps)
-
-
 def run_variant(folder: Path, name: str, config: Config) -> dict[str, object]:
     """Train on one category and measure the last step on its test images."""
     normal, test, config = datasets(folder.parent, folder.name, config)
     assert test is not None
-    around = training.around
-    training.around = no_places if name == "one level and scale" else around
-    try:
-        trained = train(normal, config)
-    finally:
-        training.around = around
+    trained = train(normal, config)
     features = cached_features(trained.model.features, test, trained.model.feature_key())
     maps = cached_maps(trained.model, features, range(len(test)))
     return {

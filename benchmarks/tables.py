@@ -87,9 +87,10 @@ TABLES = {"expectations": expectations, "presets": presets, "ablation": ablation
 def rewritten(text: str) -> str:
     """The text with every table written anew."""
     for name, make in TABLES.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)"
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        written = make() + "\n"
         text, count = re.subn(
-            pattern, lambda found, make=make: found[1] + make() + found[2], text, flags=re.S
+            pattern, lambda found, new=written: found[1] + new + found[2], text, flags=re.S
         )
         if count != 1:
             raise SystemExit(f"README.md: {count} tables named {name}, not one.")

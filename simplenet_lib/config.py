@@ -63,6 +63,9 @@ class Config:
         Learning rates.
     averaging : float
         Decay of the moving average of the weights that is kept; 0 keeps the last weights.
+    position_units : bool
+        Give every position of the map its own level and scale, if there are 20 normal
+        images or more to measure them on.
     smoothing : float
         Standard deviation, in pixels of the network's input, of the Gaussian
         that smooths the anomaly map.
@@ -95,6 +98,7 @@ class Config:
     adaptor_lr: float = 1e-4
     discriminator_lr: float = 2e-4
     averaging: float = 0.0
+    position_units: bool = False
     smoothing: float = 4.0
     quantile: float = 1.0
     seed: int = 0
@@ -224,6 +228,7 @@ PRESETS = {
         adaptor_lr=3e-4,
         discriminator_lr=6e-4,
         averaging=0.99,
+        position_units=True,
         smoothing=8.0,
     ),
     "paper": Config(

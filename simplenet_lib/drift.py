@@ -143,8 +143,8 @@ class Drift(nn.Module):
         means = quarters.mean(dim=1)
         # One quarter shows what the opposite one shows: (n, 4, C).
         changed = means[:, None] + (quarters.flip(1) - quarters) / 4
-        folds = torch.arange(len(means)) % min(FOLDS, len(means))
-        held_out, local = torch.zeros(len(means)), torch.zeros(len(means))
+        folds = torch.arange(len(means), device=means.device) % min(FOLDS, len(means))
+        held_out, local = torch.zeros(2, len(means), device=means.device)
         for fold in range(int(folds.max()) + 1):
             if len(means) > 1:
                 self.gaussian.fit(means[folds != fold])

@@ -156,7 +156,7 @@ class SimpleNet(nn.Module):
 
         Where normal images score higher, or vary more, a score says less: the border of
         the image, or a part that never looks twice the same. So every position has its
-        own level and scale.
+        own level and scale, if the configuration asks for them (0 and 1 otherwise).
         """
         units = (maps - self.centre[:, None, None, None]) / self.spread[:, None, None, None]
         return (units.mean(dim=0) - self.level) / self.scale

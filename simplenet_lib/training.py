@@ -33,6 +33,7 @@ from simplenet_lib.weights import find_weights
 CHECKPOINT_EVERY = 50  # steps
 SPLIT, ORDER, NOISE = 1, 2, 3  # streams of random numbers
 FOLDS = 5  # at most: a head is trained on four fifths of the images or more
+POSITION_IMAGES = 20  # or more give every position a level and scale of its own
 SHIFT_IMAGES = 50  # at most so many say how much lower the committee's scores lie
 
 
@@ -173,7 +174,7 @@ def fit(
         If the loss is not finite, or the checkpoint belongs to something else.
     """
     device = standardise.mean.device
-    count = int(folds.max()) + 1
+    count = max(int(folds.max()) + 1, 1)
     images = np.flatnonzero(folds != 0) if count == 1 else np.arange(len(folds))
     if config.standardise:
         standardise.fit(features[int(image)] for image in images)
@@ -493,12 +494,14 @@ def calibrate(
         return ((maps - centre) / spread).mean(dim=0, keepdim=True)
 
     means = [mean_of(own[image], groups[folds[image]]) for image in fresh]
-    level = around(torch.cat(means).mean(dim=0, keepdim=True), 3)
-    deviations = [around(scores - level, 3).clamp_min(0).pow(4) for scores in means]
-    # Fourth powers: what counts are the highest scores, which become false alarms.
-    scale = around(torch.cat(deviations).mean(dim=0, keepdim=True), 5).pow(0.25).clamp_min(1e-6)
-    model.level.copy_(level[0])
-    model.scale.copy_(scale[0])
+    level, scale = model.level, model.scale
+    # Of few images level and scale would fit themselves: none of these could score high.
+    if config.position_units and len(fresh) >= POSITION_IMAGES:
+        level.copy_(around(torch.cat(means).mean(dim=0, keepdim=True), 3)[0])
+        deviations = [around(scores - level, 3).clamp_min(0).pow(4) for scores in means]
+        # Fourth powers: what counts are the highest scores, which become false alarms.
+        mean = around(torch.cat(deviations).mean(dim=0, keepdim=True), 5)[0]
+        scale.copy_(mean.pow(0.25).clamp_min(1e-6))
 
     def image_score_of(scores: Tensor) -> float:
         maps = anomaly_map((scores - level) / scale, config.seen, config.smoothing)

@@ -54,11 +54,14 @@ TAUGHT = {
     "06_margin_loss": (["loss"], {"margin_loss"}),
     "07_training": (["training", "model"], {"Head", "split_images", "shuffled_positions"}),
     "08_localization": (["localization", "metrics"], {"anomaly_map", "image_score", "threshold"}),
-    "10_ablations": (["baselines"], {"PixelGaussian", "PositionGaussian", "NearestNeighbour"}),
+    "10_ablations": (
+        ["baselines"],
+        {"PixelGaussian", "PositionGaussian", "coreset", "PatchCore"},
+    ),
     "11_benchmark": (["benchmark"], {"mean_and_deviation"}),
     "12_your_own_photos": (
         ["export", "localization", "dataset"],
-        {"photos", "background", "Detector"},
+        {"photos", "Detector"},
     ),
 }
 SOLUTION = {

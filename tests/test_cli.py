@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,13 +22,14 @@ from typer.testing import CliRunner
 from simplenet_lib import cli, training
 from simplenet_lib.cli import app
 from simplenet_lib.config import PRESETS, preset
-from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample, make_transform
+from simplenet_lib.dataset import AnomalyDataset, make_transform
 from simplenet_lib.localization import predict
 from simplenet_lib.model import SimpleNet
 from simplenet_lib.synthetic import generate
 
 ROOT = Path(__file__).parent.parent
 TINY = ["backbone=resnet18", "layers=layer2", "resize=64", "crop=64", "steps=3", "batch_size=32"]
+TINY += ["heads=2", "adaptor_channels=8", "hidden_channels=8", "loss=cross-entropy"]
 SET = [part for change in TINY for part in ("--set", change)]
 PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "aupro"}
 
@@ -71,6 +73,11 @@ def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def report_of(output: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    return report
+
+
 def simplenet(*arguments: object) -> str:
     """Run a command that works, and return what it prints on stdout."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -109,7 +116,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def paid(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the training was started")
 
-    monkeypatch.setattr(training, "train", paid)
+    monkeypatch.setattr("simplenet_lib.benchmark.train", paid)
 
 
 # Once through -------------------------------------------------------------------------
@@ -121,7 +128,7 @@ def test_train_writes_model_metrics_and_examples(trained: Path) -> None:
         "metrics.json",
         "examples.png",
     }
-    metrics = json.loads((trained / "metrics.json").read_text())
+    metrics = report_of(trained)
     timings = {"seconds_features", "seconds_training", "seconds_evaluation"}
     names = {"dataset", "category", "preset", "seed", "steps", "config", "versions", "hardware"}
     scores = {"image_auroc", "image_ap", "image_f1max", *PIXEL_KEYS}
@@ -133,16 +140,44 @@ def test_train_writes_model_metrics_and_examples(trained: Path) -> None:
     assert metrics["category"] == "cloth"
     assert (metrics["preset"], metrics["seed"], metrics["steps"]) == ("fast", 0, 3)
     assert metrics["config"]["backbone"] == "resnet18"
-    assert metrics["train_images"] + metrics["held_out_images"] == 8
+    assert metrics["config"]["ratio"] == 1.0  # that of the photos
+    assert metrics["train_images"] == metrics["scored_unseen"] == 8
+    assert metrics["deviation_over_images"].keys() == {"image_auroc", "pixel_auroc", "aupro"}
+    files = {kind: len(found) for kind, found in metrics["scores"].items()}
+    assert files == {"good": 2, "cut": 1, "fibre": 1, "hole": 1, "missing_thread": 1, "stain": 1}
     with Image.open(trained / "examples.png") as picture:
         picture.load()
 
 
+def test_train_names_the_oddest_photos_and_says_what_the_threshold_means(
+    data: Path, trained: Path
+) -> None:
+    printed = simplenet("train", "--data", data, "--output", "run", *SET)
+    odd = report_of(Path("run"))["oddest_training_images"]
+    assert odd == report_of(trained)["oddest_training_images"]
+    assert len(odd) == 3
+    assert set(odd) <= {path.name for path in (data / "cloth/train/good").iterdir()}
+    assert list(odd.values()) == sorted(odd.values(), reverse=True)
+    assert next(iter(odd.values())) == 1  # the highest score is the threshold
+    named = ", ".join(f"{name} ({score:.2f})" for name, score in odd.items())
+    assert f"The training photos that look least normal: {named}. Is there a defect" in printed
+    # A photo like eight others scores higher than all of them in one of nine cases.
+    assert "the highest score of 8 good photos" in printed
+    assert "expect about 11.1% false alarms" in printed
+    written = ["run/model.safetensors", "run/metrics.json", "run/examples.png"]
+    assert printed.splitlines()[-3:] == written
+    printed = simplenet("train", "--data", data, "--output", "lower", *SET, "--set", "quantile=0.9")
+    assert "false alarms on good photos" not in printed
+    assert "The training photos that look least normal: " in printed
+
+
 def test_evaluate_agrees_with_train(trained: Path, pristine: Path) -> None:
     printed = simplenet("evaluate", trained, "--data", pristine)
-    metrics = json.loads((trained / "metrics.json").read_text())
+    metrics = report_of(trained)
     assert f"image AUROC                      {metrics['image_auroc']:.3f}" in printed
     assert f"AUPRO (to 30% FPR)               {metrics['aupro']:.3f}" in printed
+    assert f"false alarms at the threshold    {metrics['false_alarm_rate']:.3f}" in printed
+    assert f"defects found at the threshold   {metrics['detection_rate']:.3f}" in printed
 
 
 def test_same_seed_same_model_and_the_seed_is_recorded(
@@ -153,14 +188,14 @@ def test_same_seed_same_model_and_the_seed_is_recorded(
     assert again == (trained / "model.safetensors").read_bytes()
     simplenet("train", "--data", data, *SET, "--set", "seed=4")
     output = tmp_path / "runs" / "cloth-fast-4"
-    assert json.loads((output / "metrics.json").read_text())["seed"] == 4
+    assert report_of(output)["seed"] == 4
     assert (output / "model.safetensors").read_bytes() != again
 
 
 def test_verdicts_do_not_hang_on_the_number_of_threads(trained: Path, pristine: Path) -> None:
     """Sums are added in another order, so scores may differ in their last digits."""
     model = SimpleNet.load(trained / "model.safetensors")
-    transform = make_transform(model.config.resize, model.config.crop)
+    transform = make_transform(model.config.size, model.config.seen)
     images = AnomalyDataset(pristine, "cloth", "test", transform)
     found = []
     for threads in (1, 2):
@@ -169,6 +204,7 @@ def test_verdicts_do_not_hang_on_the_number_of_threads(trained: Path, pristine: 
     torch.set_num_threads(1)
     one, two = found
     assert [p.anomalous for p in one] == [p.anomalous for p in two]
+    assert [p.unfamiliar for p in one] == [p.unfamiliar for p in two]
     assert [p.score for p in one] == pytest.approx([p.score for p in two], abs=1e-4)
 
 
@@ -176,14 +212,16 @@ def test_train_without_masks_and_without_test_images(data: Path) -> None:
     shutil.rmtree(data / "cloth" / "ground_truth")
     printed = simplenet("train", "--data", data, "--output", "run", *SET)
     assert "no masks" in printed
-    metrics = json.loads(Path("run/metrics.json").read_text())
+    metrics = report_of(Path("run"))
     assert "image_auroc" in metrics
     assert not PIXEL_KEYS & metrics.keys()
+    assert metrics["deviation_over_images"].keys() == {"image_auroc"}
     shutil.rmtree(data / "cloth" / "test")
     printed = simplenet("train", "--data", data, "--output", "bare", *SET)
     assert "nothing to evaluate" in printed
     assert {p.name for p in Path("bare").iterdir()} == {"model.safetensors", "metrics.json"}
-    assert "image_auroc" not in json.loads(Path("bare/metrics.json").read_text())
+    assert not {"image_auroc", "scores"} & report_of(Path("bare")).keys()
+    assert len(report_of(Path("bare"))["oddest_training_images"]) == 3
 
 
 def test_train_on_a_folder_of_photos_alone(
@@ -192,11 +230,11 @@ def test_train_on_a_folder_of_photos_alone(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pristine / "cloth/train/good", "my photos")
     printed = simplenet("train", "--data", "my photos", *SET)
-    assert "1 held-out good photos: expect about 50% false alarms" in printed
+    assert "8 good photos, each scored by heads that have not seen it" in printed
     run = Path("runs/my photos-fast-0")
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = report_of(run)
     assert (metrics["dataset"], metrics["category"]) == ("my photos", "my photos")
-    assert metrics["train_images"] + metrics["held_out_images"] == 8
+    assert metrics["train_images"] == metrics["scored_unseen"] == 8
     # The layout must not matter: the same photos give the same bytes.
     simplenet("train", "--data", pristine, "--output", "layout", *SET)
     same = Path("layout/model.safetensors").read_bytes()
@@ -207,6 +245,37 @@ def test_train_on_a_folder_of_photos_alone(
     Path("one").mkdir()
     shutil.copy("my photos/000.png", "one")
     assert "1 normal image: at least 2" in refused("train", "--data", "one", *SET)
+
+
+def test_photos_keep_their_shape(data: Path) -> None:
+    """A model of photos that are wider than high sees them so, and so does `predict`."""
+    for path in data.glob("cloth/*/*/*.png"):
+        with Image.open(path) as image:
+            image.load()
+        image.resize((96, 48), Image.Resampling.NEAREST).save(path)
+    simplenet("train", "--data", data, "--output", "run", *SET)
+    config = report_of(Path("run"))["config"]
+    assert (config["ratio"], config["resize"]) == (0.5, 64)
+    model = SimpleNet.load(Path("run/model.safetensors"))
+    assert model.config.seen == (48, 96)
+    assert model.level.shape == (6, 12)
+    printed = simplenet("evaluate", "run", "--data", data)
+    assert (
+        f"pixel AUROC                      {report_of(Path('run'))['pixel_auroc']:.3f}" in printed
+    )
+    # What is typed counts: then they are squeezed.
+    simplenet("train", "--data", data, "--output", "square", *SET, "--set", "ratio=1")
+    assert report_of(Path("square"))["config"]["ratio"] == 1
+    assert SimpleNet.load(Path("square/model.safetensors")).config.seen == (64, 64)
+
+
+def test_one_head_is_scored_on_the_photos_it_has_not_seen(data: Path) -> None:
+    printed = simplenet("train", "--data", data, "--output", "run", *SET, "--set", "heads=1")
+    report = report_of(Path("run"))
+    assert (report["train_images"], report["scored_unseen"]) == (8, 1)
+    assert "the highest score of 1 good photos" in printed
+    assert "expect about 50.0% false alarms" in printed
+    assert list(report["oddest_training_images"].values()) == [0]  # the only score is typical
 
 
 # Benchmark ----------------------------------------------------------------------------
@@ -231,17 +300,22 @@ def test_benchmark_makes_what_is_missing_and_a_table(
         "cloth-fast-1.json",
     }
     runs = [json.loads(Path(f"results/cloth-fast-{seed}.json").read_text()) for seed in (0, 1)]
-    alone = json.loads((trained / "metrics.json").read_text())
-    same = ["image_auroc", "pixel_auroc", "aupro", "threshold", "config"]
+    alone = report_of(trained)
+    times = {"seconds_features", "seconds_training", "seconds_evaluation"}
+    assert runs[0].keys() == alone.keys()
+    assert runs[0]["dataset"] == "data"  # a copy of the other's set
+    same = alone.keys() - times - {"dataset"}
     assert {key: runs[0][key] for key in same} == {key: alone[key] for key in same}
     percent = [100 * run["image_auroc"] for run in runs]
-    mean, deviation = sum(percent) / 2, abs(percent[0] - percent[1]) / 2
-    assert f"| cloth | `fast` | 2 | {mean:.1f} ± {deviation:.1f} |" in first
+    mean, deviation = sum(percent) / 2, abs(percent[0] - percent[1]) / 2**0.5
+    over_images = 50 * sum(run["deviation_over_images"]["image_auroc"] for run in runs)
+    cell = f"{mean:.1f} ± {deviation:.1f} ± {over_images:.1f}"
+    assert f"| cloth | `fast` | 2 | {cell} |" in first
 
     def paid(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a run that is there was made again")
 
-    monkeypatch.setattr(training, "train", paid)
+    monkeypatch.setattr("simplenet_lib.benchmark.train", paid)
     again = simplenet("benchmark", "--data", data, "--categories", "cloth", "--seeds", "1,0")
     assert again == first[first.index("| category") :]
 
@@ -255,7 +329,7 @@ def test_benchmark_goes_on_after_an_interruption(
 
     arguments = ["benchmark", "--data", str(data), "--seeds", "0"]
     with monkeypatch.context() as patch:  # after the training, before the evaluation
-        patch.setattr("simplenet_lib.localization.evaluate", stop)
+        patch.setattr("simplenet_lib.benchmark.predict", stop)
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 130
     (state,) = Path("results").iterdir()
@@ -304,9 +378,10 @@ def test_export_gives_what_predict_gives(trained: Path, data: Path) -> None:
             pixels = np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
         _, score = session.run(None, {"pixels": pixels[None]})
         assert score[0] == pytest.approx(float(row["score"]), abs=1e-4)
+        assert row["verdict"] == ("anomalous" if score[0] > 1 else "normal")
     stated = session.get_modelmeta().custom_metadata_map
-    assert float(stated["threshold"]) == pytest.approx(float(rows()[0]["threshold"]), rel=1e-5)
-    assert (stated["resize"], stated["crop"]) == ("64", "64")
+    assert (stated["size"], stated["seen"]) == ("[64, 64]", "[64, 64]")
+    assert json.loads(stated["config"]) == report_of(trained)["config"]
 
 
 def test_export_refuses(trained: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -316,8 +391,10 @@ def test_export_refuses(trained: Path, tmp_path: Path, refused: Callable[..., st
 
 def test_info_describes_the_model(trained: Path) -> None:
     printed = simplenet("info", trained)
-    assert "threshold" in printed
-    assert "backbone         resnet18" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    for name, value in report_of(trained)["config"].items():
+        assert [name, *str(value).split()] in lines
+    assert ["torch", torch.__version__] in lines
 
 
 # Predict ------------------------------------------------------------------------------
@@ -331,16 +408,17 @@ def rows(output: str = "predictions") -> list[dict[str, str]]:
 def test_predict_a_folder_keeps_its_names(trained: Path, data: Path) -> None:
     test = data / "cloth" / "test"
     Image.new("RGB", (90, 50)).save(test / "wide one, größer.jpg")
-    simplenet("predict", trained, test)
+    printed = simplenet("predict", trained, test)
     table = rows()
-    assert list(table[0]) == ["image", "score", "threshold", "verdict", "unfamiliar", "overlay"]
+    anomalous = sum(row["verdict"] == "anomalous" for row in table)
+    assert printed.startswith(f"{anomalous} of {len(table)} images are anomalous (score above 1).")
+    assert list(table[0]) == ["image", "score", "verdict", "unfamiliar", "overlay"]
     images = sorted(p for p in test.rglob("*.*"))
     assert sorted(row["image"] for row in table) == [str(p) for p in images]
     for row in table:
         name = Path(row["image"]).relative_to(test).with_suffix(".png")
         assert row["overlay"] == str("overlays" / name)
-        anomalous = float(row["score"]) > float(row["threshold"])
-        assert row["verdict"] == ("anomalous" if anomalous else "normal")
+        assert row["verdict"] == ("anomalous" if float(row["score"]) > 1 else "normal")
         with (
             Image.open(row["image"]) as image,
             Image.open(Path("predictions", row["overlay"])) as o,
@@ -351,30 +429,22 @@ def test_predict_a_folder_keeps_its_names(trained: Path, data: Path) -> None:
     assert len(overlays) == len(table)
 
 
-def test_predict_warns_of_photos_unlike_those_of_the_training(
-    trained: Path, data: Path, tmp_path: Path
-) -> None:
-    # Where the limit lies is the training's affair; here it lies between two kinds of image.
-    maps = {}
-    model = SimpleNet.load(trained / "model.safetensors")
-    Path("grey").mkdir()
-    for name in ("a", "b", "c"):
-        Image.new("RGB", (64, 64), "grey").save(f"grey/{name}.png")
-    for folder in (data / "cloth/test/good", Path("grey")):
-        samples = [Sample(path, "good") for path in sorted(folder.iterdir())]
-        files = ImageFiles(samples, make_transform(64, 64))
-        maps[folder.name] = [np.median(p.map) for p in predict(model, files, progress=False)]
-    low, high = sorted(maps, key=lambda name: max(maps[name]))
-    assert max(maps[low]) < min(maps[high])
-    model.background = float(max(maps[low]) + min(maps[high])) / 2
-    model.save(tmp_path / "limit.safetensors")
-    folders = {"grey": Path("grey"), "good": data / "cloth/test/good"}
-    printed = simplenet("predict", "limit.safetensors", folders[high])
-    assert f"{len(maps[high])} of them look unlike the training photos" in printed
-    assert {row["unfamiliar"] for row in rows()} == {"yes"}
-    printed = simplenet("predict", "limit.safetensors", folders[low])
+def test_predict_warns_of_photos_unlike_those_of_the_training(trained: Path, data: Path) -> None:
+    Path("dark").mkdir()
+    good = sorted((data / "cloth/train/good").iterdir())
+    for path in good[:4]:
+        with Image.open(path) as image:
+            image.point(lambda value: value // 3).save(Path("dark", path.name))
+    printed = simplenet("predict", trained, "dark")
+    assert "4 of them look unlike the training photos as a whole" in printed
+    assert all("darker" in row["unfamiliar"].split(", ") for row in rows())
+    printed = simplenet("predict", trained, data / "cloth/train/good")
     assert "unlike" not in printed
-    assert {row["unfamiliar"] for row in rows()} == {"no"}
+    assert {row["unfamiliar"] for row in rows()} == {""}
+    # A few of many are their own affair; the table still says which.
+    printed = simplenet("predict", trained, "dark", *good[:4])
+    assert "unlike" not in printed
+    assert [bool(row["unfamiliar"]) for row in rows()] == [True] * 4 + [False] * 4
 
 
 def test_predict_single_images_with_the_same_stem(trained: Path, data: Path) -> None:
@@ -446,6 +516,10 @@ def test_mistakes_are_noticed_before_training(data: Path, refused: Callable[...,
         "steps=0": "steps is 0, outside 1 to",
         "neighbourhood=2": "must be odd",
         "crop=65": "crop is 65, outside 32 to 64",
+        "heads=0": "heads is 0, outside 1 to",
+        "averaging=1": "averaging is 1, outside 0 to 0.9999",
+        "loss=mean": "loss is 'mean', not margin or cross-entropy",
+        "border=mirror": "border is 'mirror', not reflect or zeros",
     }.items():
         assert message in train("--set", change)
     for output in ("data/manifest.json", "data/manifest.json/under", "/proc/nowhere/run"):
@@ -521,7 +595,7 @@ def test_a_truncated_test_image_does_not_cost_the_training(
     assert f"simplenet: {image}: not a readable image" in capsys.readouterr().err
     assert [p.name for p in Path("run").iterdir()] == ["training.safetensors"]
     image.write_bytes(whole)
-    monkeypatch.setattr(training, "margin_loss", None)  # no step is made again
+    monkeypatch.setattr(training, "cross_entropy_loss", None)  # no step is made again
     simplenet(*command)
     assert (
         Path("run/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
@@ -549,7 +623,7 @@ def test_a_state_of_another_training_is_refused(
 
 
 def test_ctrl_c_and_the_same_command_give_the_same_model(data: Path) -> None:
-    changes = ("steps=800", "batch_size=16", "adaptor_channels=8", "hidden_channels=8")
+    changes = ("steps=400", "averaging=0.9")
     steps = [*SET, *(part for change in changes for part in ("--set", change))]
     command = ["train", "--data", str(data), "--output", "run", *steps]
     process = subprocess.Popen(
@@ -579,7 +653,7 @@ def test_ctrl_c_and_the_same_command_give_the_same_model(data: Path) -> None:
 
 
 def test_two_trainings_in_one_folder_at_once_end_like_one(data: Path) -> None:
-    changes = ("steps=300", "batch_size=16", "adaptor_channels=8", "hidden_channels=8")
+    changes = ("steps=200", "averaging=0.9")
     steps = [*SET, *(part for change in changes for part in ("--set", change))]
     command = ["train", "--data", str(data), "--output", "run", *steps]
     program = [sys.executable, "-m", "simplenet_lib.cli", *command]
@@ -608,6 +682,25 @@ def test_help_is_quick_and_complete() -> None:
     for name in ("synthetic", "download", "train", "evaluate", "predict", "info"):
         assert name in done.stdout
         assert "--help" in simplenet(name, "--help")
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"])
+@pytest.mark.parametrize("typed", [None, "mine"])
+def test_the_environment_is_set_before_torch_reads_it_unless_the_user_did(
+    name: str, typed: str | None
+) -> None:
+    code = (
+        "import os, sys\nfrom simplenet_lib import cli\n"
+        f"cli.app = lambda: print(os.environ['{name}'], 'torch' in sys.modules)\ncli.main()"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    if typed:
+        environment[name] = typed
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    default = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}[name]
+    assert done.stdout.split() == [typed or default, "False"], done.stderr
 
 
 def test_nothing_typed_shows_the_help_and_a_wrong_option_is_named() -> None:

@@ -25,8 +25,11 @@ from simplenet_lib.dataset import (
     categories,
     image_files,
     make_transform,
+    photos,
+    read_file,
     read_image,
     read_mask,
+    shape_of,
 )
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
 
@@ -202,6 +205,39 @@ def test_symlink_loops_end(root):
     check_refused(f"{root / 'round'}: no such folder.", root / "round")
 
 
+def test_photos_of_a_folder_are_normal_samples_in_order(tmp_path):
+    for name in ("b.png", "a.jpg", "C.PNG"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert photos(tmp_path) == [
+        Sample(tmp_path / name, "good") for name in ("C.PNG", "a.jpg", "b.png")
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SimpleNetError, match="^.*/empty: no normal images [(].bmp, .*[)].$"):
+        photos(tmp_path / "empty")
+
+
+def test_an_image_can_be_given_as_the_bytes_of_its_file(tmp_path):
+    samples = [Sample(save(tmp_path / f"{n}.png", color=(9 * n,) * 3), "good") for n in range(3)]
+    images = ImageFiles(samples, TRANSFORM)
+    data = read_file(samples[1].image)
+    assert data == samples[1].image.read_bytes()
+    assert [item["index"] for item in images] == [0, 1, 2]
+    expected = images[1]
+    samples[1].image.unlink()  # it is not looked for
+    found = images.item(1, data)
+    assert found.keys() == expected.keys() and found["index"] == 1
+    assert torch.equal(found["image"], expected["image"])
+    assert (np.asarray(read_image(samples[1].image, data)) == 9).all()
+    for read in (read_file, read_image, images.item):
+        with pytest.raises(SimpleNetError, match="1.png: not a readable image .*No such file"):
+            read(1 if read == images.item else samples[1].image)
+    with pytest.raises(SimpleNetError, match="1.png: not a readable image"):
+        images.item(1, data[:40])
+    with pytest.raises(SimpleNetError, match="not a readable image .*directory"):
+        read_file(tmp_path)
+
+
 # Decoding
 
 
@@ -288,6 +324,34 @@ def test_rotated_photograph_lies_under_its_upright_mask(root, orientation):
     bright = item["image"].mean(dim=0) > 0
     assert (bright == item["mask"]).float().mean() > 0.98
     assert 0.07 < item["mask"].float().mean() < 0.1  # 16 x 16 of 48 x 64
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_shape_of_a_photo_is_that_of_the_upright_picture(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = save(tmp_path / f"photo.{suffix}", size=(80, 48), exif=exif)
+    height, width = UPRIGHT[orientation](np.zeros((48, 80))).shape
+    assert read_image(path).size == (width, height)
+    assert shape_of([Sample(path, "good")]) == pytest.approx(height / width)
+    assert (height > width) == (orientation >= 5)
+
+
+def test_shape_of_some_photos_is_the_median_and_reads_their_headers_only(tmp_path):
+    sizes = [(100, 50), (60, 60), (50, 100), (90, 30)]  # 1/2, 1, 2, 1/3
+    samples = [Sample(save(tmp_path / f"{n}.png", size), "good") for n, size in enumerate(sizes)]
+    assert shape_of(samples[:3]) == 1
+    assert shape_of(samples) == pytest.approx((1 / 2 + 1) / 2)
+    assert shape_of(samples[3:]) == pytest.approx(1 / 3)
+    for sample in samples[:3]:
+        sample.image.write_bytes(sample.image.read_bytes()[:60])  # no pixels are left
+        with pytest.raises(SimpleNetError):
+            read_image(sample.image)
+    assert shape_of(samples[:3]) == 1
+    samples[0].image.write_bytes(b"no image")
+    with pytest.raises(SimpleNetError, match="0.png: not a readable image"):
+        shape_of(samples)
 
 
 MASKS = {
@@ -480,21 +544,31 @@ def test_any_folders_are_read_or_refused(
 # The transform
 
 
-def test_transform_is_pillows_resize_centre_crop_and_normalisation(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "crop"), [(40, 32), ((40, 40), (32, 32)), ((48, 80), (32, 64)), ((80, 48), 48)]
+)
+def test_transform_is_pillows_resize_centre_crop_and_normalisation(tmp_path, size, crop):
     pixels = np.random.default_rng(1).integers(0, 256, (70, 50, 3), dtype=np.uint8)
     path = tmp_path / "image.png"
     Image.fromarray(pixels).save(path)
-    item = ImageFiles([Sample(path, "good")], make_transform(40, 32))[0]
+    item = ImageFiles([Sample(path, "good")], make_transform(size, crop))[0]
 
-    resized = Image.fromarray(pixels).resize((40, 40), Image.Resampling.BILINEAR)
-    seen = np.asarray(resized)[4:36, 4:36] / 255
+    height, width = np.broadcast_to(size, 2).tolist()
+    rows, columns = np.broadcast_to(crop, 2).tolist()
+    top, left = (height - rows) // 2, (width - columns) // 2
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    seen = np.asarray(resized)[top : top + rows, left : left + columns] / 255
     expected = (seen - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    assert item["image"].shape == (3, rows, columns) and item["mask"].shape == (rows, columns)
     # One grey level is 1 / 255 / 0.225 = 0.017: the two round differently.
     assert np.abs(item["image"].permute(1, 2, 0).numpy() - expected).max() < 0.02
 
 
 @pytest.mark.parametrize("size", [(900, 700), (64, 64), (50, 90), (33, 200)])
-@pytest.mark.parametrize(("resize", "crop"), [(64, 64), (80, 64), (329, 288)])
+@pytest.mark.parametrize(
+    ("resize", "crop"),
+    [(64, 64), (80, 64), (329, 288), ((64, 96), (64, 96)), ((160, 48), (96, 32))],
+)
 def test_marked_square_stays_under_its_mask(tmp_path, size, resize, crop):
     width, height = size
     box = (width * 4 // 10, height * 3 // 10, width * 6 // 10, height * 5 // 10)
@@ -505,16 +579,20 @@ def test_marked_square_stays_under_its_mask(tmp_path, size, resize, crop):
     sample = Sample(tmp_path / "image.png", "hole", tmp_path / "mask.png")
     item = ImageFiles([sample], make_transform(resize, crop))[0]
     mask = item["mask"].numpy()
-    assert (mask.shape, mask.dtype) == ((crop, crop), np.bool_)
+    whole, seen = np.broadcast_to(resize, 2), np.broadcast_to(crop, 2)  # height and width
+    assert (mask.shape, mask.dtype) == (tuple(seen), np.bool_)
     white = 1 - IMAGENET_MEAN[1]
     bright = item["image"][1].numpy() * IMAGENET_STD[1] > white - 0.5
 
     # Where the box lies after resizing, in pixels: its sides are exact to one pixel.
-    offset = round((resize - crop) / 2)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    scale = (resize / width, resize / height) * 2
-    expected = [side * factor - offset for side, factor in zip(box, scale, strict=True)]
+    expected = []
+    for place, side in enumerate(box):
+        axis = 1 - place % 2
+        offset = round((whole[axis] - seen[axis]) / 2)
+        inside = side * whole[axis] / size[1 - axis] - offset
+        expected.append(min(max(inside, 0), seen[axis]))
     assert found == pytest.approx(expected, abs=1.0)
     assert mask.sum() == (found[2] - found[0]) * (found[3] - found[1])  # a full rectangle
     # Image and mask may differ by one pixel along the edge of the square.

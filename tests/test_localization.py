@@ -20,10 +20,10 @@ from torchvision import models
 from simplenet_lib import plots
 from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample, make_transform
+from simplenet_lib.drift import describe
 from simplenet_lib.localization import (
     Prediction,
     anomaly_map,
-    background,
     evaluate,
     image_score,
     predict,
@@ -56,27 +56,31 @@ def configuration(**changes: object) -> Config:
 # From a score map to a verdict
 
 
-def bilinear(scores: np.ndarray, size: int) -> np.ndarray:
-    """Resize (h, w) to (size, size) between pixel centres, edges repeated, by SciPy."""
-    height, width = scores.shape
-    rows = (np.arange(size) + 0.5) * height / size - 0.5
-    columns = (np.arange(size) + 0.5) * width / size - 0.5
-    grid = np.meshgrid(rows, columns, indexing="ij")
+def bilinear(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize (h, w) to ``size`` between pixel centres, edges repeated, by SciPy."""
+    lines = [
+        (np.arange(new) + 0.5) * old / new - 0.5
+        for old, new in zip(scores.shape, size, strict=True)
+    ]
+    grid = np.meshgrid(*lines, indexing="ij")
     return ndimage.map_coordinates(scores, grid, order=1, mode="nearest")
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 64), (7, 9, 50)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(8, 8, 64), (7, 9, 50), (8, 8, (64, 64)), (6, 10, (48, 80)), (9, 4, (70, 33))],
+)
 @pytest.mark.parametrize("smoothing", [0, 1, 4, 5])
 def test_map_is_scipys_gaussian_of_a_bilinear_resize(height, width, size, smoothing):
-    scores = np.random.default_rng(0).normal(size=(2, height, width))
+    scores = np.random.default_rng(0).normal(size=(2, height, width)) + 0.5
     found = anomaly_map(torch.from_numpy(scores), size, smoothing)
-    assert found.shape == (2, size, size)
+    pixels = (size, size) if isinstance(size, int) else size
+    assert found.shape == (2, *pixels)
     for one, map_ in zip(scores, found.numpy(), strict=True):
-        expected = bilinear(one, size)
+        expected = bilinear(one, pixels)
         if smoothing:
-            typical = np.sort(expected, axis=None)[(expected.size - 1) // 2]
             expected = ndimage.gaussian_filter(
-                expected, smoothing, mode="constant", cval=typical, truncate=3
+                expected, smoothing, mode="constant", cval=0, truncate=3
             )
         assert map_ == pytest.approx(expected, abs=1e-9)
 
@@ -84,14 +88,58 @@ def test_map_is_scipys_gaussian_of_a_bilinear_resize(height, width, size, smooth
 def test_wide_smoothing_of_a_small_map_and_a_map_of_one_score():
     scores = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(0))
     wide = anomaly_map(scores, 32, 100.0)
+    # All of the map lies within a third of a deviation: its mean, as far as it fills the kernel.
     assert wide.isfinite().all() and wide.std() < 0.1 * scores.std()
-    assert anomaly_map(torch.full((1, 1, 1), 2.5), 32, 4.0).unique().numpy() == pytest.approx(2.5)
+    kernel = np.exp(-0.5 * (np.arange(-300, 301) / 100) ** 2)
+    share = (kernel[300:332].sum() / kernel.sum()) ** 2  # what a corner sees
+    assert wide[0, 0, 0].item() == pytest.approx(share * scores.mean().item(), rel=0.3)
+    assert anomaly_map(torch.full((1, 1, 1), 2.5), 32, 0.0).unique().tolist() == [2.5]
+
+
+@pytest.mark.parametrize("smoothing", [0.3, 4.0, 10.0])
+def test_outside_of_a_constant_map_is_0(smoothing):
+    maps = anomaly_map(torch.full((3, 8, 12), -7.25), (64, 96), smoothing)
+    reach = math.ceil(3 * smoothing)
+    inside = maps[:, reach : 64 - reach, reach : 96 - reach]
+    torch.testing.assert_close(inside, torch.full_like(inside, -7.25))
+    # At an edge half of the kernel lies outside, but for half of its middle; twice in a corner.
+    offsets = range(-reach, reach + 1)
+    middle = 1 / sum(math.exp(-0.5 * (offset / smoothing) ** 2) for offset in offsets)
+    edge = (1 + middle) / 2
+    assert maps[:, 0, 48].tolist() == pytest.approx([-7.25 * edge] * 3)
+    assert maps[:, 32, 95].tolist() == pytest.approx([-7.25 * edge] * 3)
+    assert maps[:, 63, 0].tolist() == pytest.approx([-7.25 * edge**2] * 3)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3, 4.0, 50.0])
-def test_constant_map_stays_constant_up_to_the_border(smoothing):
-    maps = anomaly_map(torch.full((3, 8, 8), -7.25), 64, smoothing)
-    torch.testing.assert_close(maps, torch.full((3, 64, 64), -7.25))
+def test_a_map_of_0_stays_0_and_a_map_of_some_height_nowhere_exceeds_it(smoothing):
+    assert not anomaly_map(torch.zeros(2, 8, 8), 64, smoothing).any()
+    scores = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps = anomaly_map(scores, 64, smoothing)
+    assert maps.min() >= 0 and maps.max() <= scores.max() + 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.floats(-3, 3),
+    st.integers(0, 99),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.sampled_from([0.0, 0.7, 3.0]),
+)
+def test_map_is_linear_in_the_scores_and_turns_with_them(factor, seed, grid, smoothing):
+    first, second = torch.randn(
+        2, 1, *grid, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    size = (8 * grid[0], 8 * grid[1])
+
+    def map_of(scores: torch.Tensor) -> torch.Tensor:
+        return anomaly_map(scores, size, smoothing)
+
+    expected = factor * map_of(first) + map_of(second)
+    torch.testing.assert_close(map_of(factor * first + second), expected)
+    torch.testing.assert_close(map_of(first.flip(1)), map_of(first).flip(1))
+    turned = anomaly_map(first.transpose(1, 2), size[::-1], smoothing)
+    torch.testing.assert_close(turned, map_of(first).transpose(1, 2))
 
 
 def test_chance_does_not_prefer_the_border():
@@ -152,14 +200,24 @@ def test_threshold_by_hand():
 
 
 @pytest.fixture(scope="module")
-def model() -> SimpleNet:
-    """A small network that was never trained, and a threshold that divides its scores."""
+def weights() -> Weights:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = models.resnet18().state_dict()
-    net = SimpleNet(configuration(), Weights(state, "random", digest_of(state, "conv2"), "conv2"))
-    net.threshold, net.typical = 0.0, -1.0
+    return Weights(state, "random", digest_of(state, "conv2"), "conv2")
+
+
+def untrained(config: Config, weights: Weights) -> SimpleNet:
+    net = SimpleNet(config, weights)
+    net.threshold, net.typical = 0.25, -0.5
     return net
+
+
+@pytest.fixture
+def model(weights) -> SimpleNet:
+    """A small committee that was never trained."""
+    config = configuration(heads=2, layers=("layer2", "layer3"), standardise=True)
+    return untrained(config, weights)
 
 
 @pytest.fixture
@@ -189,20 +247,63 @@ def open_test(root: Path) -> AnomalyDataset:
 def test_predictions_are_those_of_the_pieces_one_image_at_a_time(model, root):
     test = open_test(root)
     model.train()  # prediction must not depend on what came before
+    model.centre.copy_(torch.tensor([0.1, -0.2]))
+    model.spread.copy_(torch.tensor([0.5, 2.0]))
     predictions = list(predict(model, test, progress=False))
     assert [prediction.sample for prediction in predictions] == test.samples
-    model.threshold = float(np.median([prediction.score for prediction in predictions]))
+    scores = sorted(prediction.score for prediction in predictions)
+    cut = (scores[4] + scores[5]) / 2  # five images lie on either side
+    model.threshold = model.typical + cut * (model.threshold - model.typical)
     predictions = list(predict(model, test, progress=False))
     model.eval()
     for item, prediction in zip(test, predictions, strict=True):
         with torch.no_grad():
             map_ = anomaly_map(model(item["image"][None]), 64, 4.0)[0].numpy()
+        expected = (map_ - model.typical) / (model.threshold - model.typical)
         assert (prediction.map.shape, prediction.map.dtype) == ((64, 64), np.float32)
-        assert prediction.map == pytest.approx(map_, abs=1e-5)
+        assert prediction.map == pytest.approx(expected, abs=1e-4)
         assert prediction.score == prediction.map.max()
-        assert prediction.anomalous == (prediction.score > model.threshold)
+        assert prediction.anomalous == (prediction.score > 1) == (map_.max() > model.threshold)
         assert np.array_equal(prediction.mask, item["mask"].numpy())
-    assert 0 < sum(prediction.anomalous for prediction in predictions) < 10
+    assert sum(prediction.anomalous for prediction in predictions) == 5
+
+
+def test_predictions_tell_what_looks_unlike_the_training_photos(model, root):
+    test = open_test(root)
+    normal = [index for index, sample in enumerate(test.samples) if not sample.label]
+    image = test.samples[normal[2]].image
+    descriptions = []
+    model.eval()
+    with torch.no_grad():
+        for item in test:
+            images = item["image"][None]
+            descriptions.append(describe(images, model.features.outputs(images)[0]))
+    model.drift.fit(torch.cat([descriptions[index] for index in normal]))
+    pixels = np.asarray(Image.open(image))
+    Image.fromarray(255 - pixels // 4).save(image)
+    predictions = list(predict(model, test, progress=False))
+    found = [predictions[index].unfamiliar for index in normal]
+    assert "lighter" in found.pop(2) and found == [[]] * 4
+    # Image by image it is what the drift says, whatever batch the image is in.
+    for item, prediction in zip(test, predictions, strict=True):
+        with torch.no_grad():
+            images = item["image"][None]
+            alone = model.drift(describe(images, model.features.outputs(images)[0]))
+        assert [prediction.unfamiliar] == alone
+
+
+def test_predictions_of_a_rectangle_have_its_shape(root, weights):
+    config = configuration(ratio=0.5, resize=96, crop=80)
+    assert (config.size, config.seen) == ((64, 128), (64, 112))
+    model = untrained(config, weights).eval()
+    test = AnomalyDataset(root, "part", "test", make_transform(config.size, config.seen))
+    predictions = list(predict(model, test, progress=False))
+    for item, prediction in zip(test, predictions, strict=True):
+        assert prediction.map.shape == prediction.mask.shape == (64, 112)
+        assert np.array_equal(prediction.mask, item["mask"].numpy())
+        with torch.no_grad():
+            map_ = anomaly_map(model(item["image"][None]), (64, 112), 4.0)[0]
+        assert prediction.map == pytest.approx(model.in_units(map_).numpy(), abs=1e-4)
 
 
 def test_prediction_is_lazy_and_needs_no_gradients(model, root):
@@ -245,13 +346,19 @@ def test_evaluation_needs_both_classes(model, root, removed, message):
 
 
 @pytest.mark.parametrize("size", [(329, 329), (900, 900), (450, 1200), (64, 48), (9, 9), (1, 1)])
+@pytest.mark.parametrize("ratio", [0, 0.4, 2])
 @pytest.mark.parametrize(("resize", "crop"), [(329, 288), (64, 64), (80, 64), (100, 33)])
-def test_seen_box_is_what_the_transform_cuts_out(size, resize, crop):
+def test_seen_box_is_what_the_transform_cuts_out(size, resize, crop, ratio):
     width, height = size
-    config = configuration(resize=resize, crop=crop)
+    config = configuration(resize=resize, crop=crop, ratio=ratio)
     left, top, right, bottom = plots.seen_box(width, height, config)
-    exact = [round((resize - crop) / 2) / resize * side for side in size]
-    exact += [(round((resize - crop) / 2) + crop) / resize * side for side in size]
+    # The transform itself, on an image whose pixels are the numbers of their rows or columns.
+    rows, columns = torch.meshgrid(*map(torch.arange, config.size), indexing="ij")
+    seen = make_transform(config.size, config.seen).transforms[1](torch.stack([columns, rows]))
+    first, last = seen[:, 0, 0].tolist(), (seen[:, -1, -1] + 1).tolist()
+    sides = (config.size[1], config.size[0])
+    exact = [at * scale for at, scale in zip(first, np.divide(size, sides), strict=True)]
+    exact += [at * scale for at, scale in zip(last, np.divide(size, sides), strict=True)]
     assert (left, top, right, bottom) == pytest.approx(exact, abs=0.5)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     if resize == crop:
@@ -276,15 +383,15 @@ def test_typical_map_leaves_the_image_alone(size):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     before = image.copy()
-    for level in (-1.0, -5.0):  # typical, and more normal than that
+    for level in (0.0, -4.0):  # typical, and more normal than that
         map_ = np.full((64, 64), level, dtype=np.float32)
-        result = plots.overlay(image, map_, configuration(), typical=-1.0, threshold=2.0)
+        result = plots.overlay(image, map_, configuration())
         assert (result.mode, result.size) == ("RGB", size)
         check_same(result, before, np.ones(size[::-1], dtype=bool))
 
         config = configuration(resize=80, crop=64)
         left, top, right, bottom = plots.seen_box(*size, config)
-        framed = plots.overlay(image, map_, config, typical=-1.0, threshold=2.0)
+        framed = plots.overlay(image, map_, config)
         frame = np.zeros(size[::-1], dtype=bool)
         frame[top - 1 : bottom + 1, left - 1 : right + 1] = True
         frame[top:bottom, left:right] = False
@@ -298,12 +405,15 @@ def test_colour_and_line_stand_where_the_map_says():
     map_ = np.zeros((64, 64), dtype=np.float32)
     map_[:, :32] = 0.5  # half way to the threshold
     map_[16:32, 8:24] = 3.0  # above it
-    result = np.asarray(plots.overlay(image, map_, configuration(), 0.0, 1.0)).astype(int)
+    result = np.asarray(plots.overlay(image, map_, configuration())).astype(int)
     assert (result[:, 170:] == (0, 90, 0)).all()
     faint, strong = result[300, 60], result[120, 80]
     assert 0 < abs(faint - (0, 90, 0)).sum() < abs(strong - (0, 90, 0)).sum()
-    inferno = 255 * np.array(matplotlib.colormaps["inferno"](1.0)[:3])
-    assert strong == pytest.approx((200 * inferno + 55 * np.array([0, 90, 0])) / 255, abs=1)
+    # From 2 on the colour is the last one, and covers 200 of 255 parts; at 0.5 a quarter of both.
+    for colour, at in ((strong, 1.0), (faint, 0.25)):
+        inferno = 255 * np.array(matplotlib.colormaps["inferno"](at)[:3])
+        cover = int(200 * at) / 255
+        assert colour == pytest.approx(cover * inferno + (1 - cover) * np.array([0, 90, 0]), abs=1)
 
     white = (result == 255).all(axis=2)
     rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
@@ -321,24 +431,35 @@ def test_the_map_lies_on_the_part_that_was_seen():
     map_ = np.zeros((288, 288), dtype=np.float32)
     map_[100:200, 50:150] = 10.0
     config = configuration(resize=329, crop=288)
-    result = np.asarray(plots.overlay(image, map_, config, 0.0, 1.0)).astype(int)
+    result = np.asarray(plots.overlay(image, map_, config)).astype(int)
     left, top, right, bottom = plots.seen_box(658, 329, config)
     rows, columns = np.nonzero(result[top:bottom, left:right].sum(axis=2) > 100)
     found = (rows.min() + top, rows.max() + 1 + top, columns.min() + left, columns.max() + 1 + left)
     assert found == pytest.approx((120, 220, 140, 340), abs=3)  # 20 + 100, ..., 2 * (20 + 50), ...
 
 
-def test_region_at_the_border_is_outlined_there_and_equal_scores_do_not_divide_by_zero():
+def test_a_rectangular_map_lies_on_its_image():
+    config = configuration(ratio=0.5, resize=96, crop=80)  # seen are 64 x 112 of 64 x 128
+    assert plots.seen_box(512, 256, config) == (32, 0, 480, 256)
+    map_ = np.zeros((64, 112), dtype=np.float32)
+    map_[16:32, 80:100] = 10.0
+    result = np.asarray(plots.overlay(Image.new("RGB", (512, 256)), map_, config)).astype(int)
+    rows, columns = np.nonzero(result[2:-2, 34:478].sum(axis=2) > 100)
+    found = (rows.min() + 2, rows.max() + 3, columns.min() + 34, columns.max() + 35)
+    assert found == pytest.approx((64, 128, 32 + 320, 32 + 400), abs=4)
+
+
+def test_region_at_the_border_is_outlined_there_and_the_threshold_itself_is_not():
     image = Image.new("RGB", (64, 64), "black")
-    everywhere = np.full((64, 64), 5, dtype=np.float32)
-    white = (np.asarray(plots.overlay(image, everywhere, configuration(), 0, 1)) == 255).all(axis=2)
     expected = np.ones((64, 64), dtype=bool)
     expected[1:-1, 1:-1] = False
-    assert np.array_equal(white, expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        flat = plots.overlay(image, np.ones((64, 64), np.float32), configuration(), 1.0, 1.0)
-    check_same(flat, image, np.ones((64, 64), dtype=bool))
+    for level, outlined in ((5.0, expected), (1.001, expected), (1.0, np.zeros_like(expected))):
+        everywhere = np.full((64, 64), level, dtype=np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = np.asarray(plots.overlay(image, everywhere, configuration()))
+        assert np.array_equal((result == 255).all(axis=2), outlined)
+        assert (result[32, 32] > 0).any()
 
 
 @pytest.mark.parametrize("resize", [64, 80])
@@ -353,11 +474,11 @@ def test_gallery_draws_every_verdict_without_a_warning(tmp_path, resize):
         path = tmp_path / f"{index}.png"
         Image.new("L" if index else "RGB", (90, 70), 100).save(path)
         map_ = np.linspace(-1, 3, 64 * 64, dtype=np.float32).reshape(64, 64)
-        cases.append(Prediction(Sample(path, defect), 3.0, index > 1, map_, mask))
+        cases.append(Prediction(Sample(path, defect), 3.0, index > 1, map_, mask, ["darker"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for count in (1, 4):
-            figure = plots.gallery(cases[:count], config, 0.0, 1.0)
+            figure = plots.gallery(cases[:count], config)
             figure.canvas.draw()
             axes = np.array(figure.axes).reshape(3, count)
             for column, prediction in zip(axes.T, cases[:count], strict=True):
@@ -369,13 +490,3 @@ def test_gallery_draws_every_verdict_without_a_warning(tmp_path, resize):
                 assert len(column[1].collections) == prediction.mask.any()  # the marked defect
             plt.close(figure)
     assert plt.get_fignums() == []
-
-
-def test_background_is_the_median_and_a_small_defect_does_not_move_it() -> None:
-    maps = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 9, 9))).float()
-    expected = np.median(maps.numpy().reshape(3, -1), axis=1)
-    assert background(maps).tolist() == pytest.approx(expected.tolist())
-    marked = maps.clone()
-    marked[:, :2, :2] = marked.amax() + 1000
-    assert (background(marked) - background(maps)).abs().max() < 0.5
-    assert torch.allclose(background(maps + 2), background(maps) + 2)

@@ -11,7 +11,13 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from simplenet_lib.config import SimpleNetError
-from simplenet_lib.metrics import aupro, image_metrics, pixel_metrics
+from simplenet_lib.metrics import (
+    aupro,
+    auroc_deviation,
+    image_metrics,
+    pixel_deviations,
+    pixel_metrics,
+)
 
 # Two regions, (0,0)+(1,1) touching at a corner and (1,3) alone; five normal pixels.
 MASK = np.array([[1, 0, 0, 0], [0, 1, 0, 1]], dtype=bool)
@@ -223,3 +229,118 @@ def test_pixel_errors(masks, maps, message):
 def test_aupro_limit(limit):
     with pytest.raises(SimpleNetError, match="above 0 and at most 1"):
         aupro([MASK], [MAP], limit)
+
+
+# Deviations
+
+
+def test_auroc_deviation_by_hand():
+    # A = 3/4: Q1 = (3/4) / (5/4) = 3/5, Q2 = (2 * 9/16) / (7/4) = 9/14. With 2 normal images
+    # and 3 defects: 3/16 + 2 (3/5 - 9/16) + 1 (9/14 - 9/16) = 3/16 + 3/40 + 9/112 = 12/35.
+    assert auroc_deviation(3 / 4, normal=2, defect=3) == pytest.approx((12 / 35 / 6) ** 0.5)
+    # One image of each kind: they are in order or not.
+    assert auroc_deviation(0.9, 1, 1) == pytest.approx((0.9 * 0.1) ** 0.5)
+    assert [auroc_deviation(auroc, 20, 60) for auroc in (0.0, 1.0)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("auroc", "normal", "defect"), [(0.7, 20, 60), (0.95, 30, 10), (0.5, 2, 3)]
+)
+def test_auroc_deviation_is_that_of_simulated_test_sets(auroc, normal, defect):
+    """Of exponential scores, for which the formula is exact: P(defect > normal) = s / (1 + s)."""
+    random = np.random.default_rng(0)
+    rounds = 20_000
+    normals = random.exponential(1, (rounds, normal))
+    defects = random.exponential(auroc / (1 - auroc), (rounds, defect))
+    won = np.zeros(rounds)
+    for column in range(defect):
+        won += (defects[:, [column]] > normals).sum(axis=1)
+    aurocs = won / (normal * defect)
+    labels = [0] * normal + [1] * defect
+    scores = np.concatenate([normals[0], defects[0]])
+    assert aurocs[0] == pytest.approx(roc_auc_score(labels, scores))
+    assert aurocs.mean() == pytest.approx(auroc, abs=0.01)
+    # The deviation of 20,000 draws is itself known to about 1 percent.
+    assert auroc_deviation(auroc, normal, defect) == pytest.approx(aurocs.std(), rel=0.03)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0, 1), st.integers(1, 200), st.integers(1, 200))
+def test_auroc_deviation_obeys_its_laws(auroc, normal, defect):
+    found = auroc_deviation(auroc, normal, defect)
+    # No variable between 0 and 1 with mean A varies more than one that is 0 or 1.
+    assert 0 <= found <= (auroc * (1 - auroc)) ** 0.5 + 1e-9
+    # Exchanging the two kinds turns the curve around.
+    assert auroc_deviation(1 - auroc, defect, normal) == pytest.approx(found, abs=1e-9)
+    assert auroc_deviation(auroc, 2 * normal, 2 * defect) <= found + 1e-9
+
+
+def scored_photos(seed, normal=8, defect=8, side=16):
+    """Masks and maps: images differ in how clearly their one or two defects stand out."""
+    random = np.random.default_rng(seed)
+    masks, maps = [], []
+    for number in range(normal + defect):
+        mask = np.zeros((side, side + 5), bool)
+        scores = random.normal(random.normal(0, 0.3), 1, mask.shape)
+        if number >= normal:
+            for row, column in random.integers(0, side - 5, (random.integers(1, 3), 2)):
+                mask[row : row + random.integers(2, 6), column : column + 4] = True
+            scores[mask] += random.uniform(0, 3)
+        masks.append(mask)
+        maps.append(scores.astype(np.float32))
+    order = random.permutation(len(masks))
+    return [masks[i] for i in order], [maps[i] for i in order]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pixel_deviations_are_those_of_a_bootstrap_of_whole_images(seed):
+    """The definition: draw, measure, repeat. 300 draws know a deviation to about 4 percent."""
+    masks, maps = scored_photos(seed)
+    random = np.random.default_rng(100 + seed)
+    kinds = [[i for i, mask in enumerate(masks) if mask.any() == kind] for kind in (False, True)]
+    drawn = []
+    for _ in range(300):
+        images = np.concatenate([random.choice(kind, len(kind)) for kind in kinds])
+        drawn.append(pixel_metrics([masks[i] for i in images], [maps[i] for i in images]))
+    found = pixel_deviations(masks, maps, rounds=1000)
+    assert found.keys() == {"pixel_auroc", "aupro"}
+    for name, value in found.items():
+        direct = float(np.std([metrics[name] for metrics in drawn], ddof=1))
+        assert value == pytest.approx(direct, rel=0.2), name
+        assert value > 0.01
+
+
+def test_pixel_deviations_draw_the_kinds_apart_and_repeat():
+    masks, maps = scored_photos(0)
+    found = pixel_deviations(masks, maps)
+    assert found == pixel_deviations(masks, maps)
+    assert found != pixel_deviations(masks, maps, seed=1)
+    # Only one image of each kind: whatever is drawn is the same test set.
+    defect = next(i for i, mask in enumerate(masks) if mask.any())
+    normal = next(i for i, mask in enumerate(masks) if not mask.any())
+    both = [normal, defect]
+    one = pixel_deviations([masks[i] for i in both], [maps[i] for i in both])
+    assert one == pytest.approx({"pixel_auroc": 0, "aupro": 0}, abs=1e-12)
+    # And test sets four times as large vary half as much.
+    larger = pixel_deviations(masks * 4, maps * 4, rounds=2000)
+    smaller = pixel_deviations(masks, maps, rounds=2000)
+    for name in larger:
+        assert larger[name] == pytest.approx(smaller[name] / 2, rel=0.1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([0.25, 3.0, 1000.0]), st.sampled_from([-7.5, 0.0, 2.0]))
+def test_pixel_deviations_depend_on_the_order_of_the_scores_only(seed, factor, shift):
+    masks, maps = scored_photos(seed, normal=3, defect=3)
+    found = pixel_deviations(masks, maps, rounds=20)
+    moved = pixel_deviations(masks, [factor * map_.astype(float) + shift for map_ in maps], 20)
+    assert moved == pytest.approx(found, rel=0.02, abs=1e-6)
+
+
+def test_pixel_deviations_of_a_perfect_and_of_a_constant_map_are_0():
+    masks, _ = scored_photos(0)
+    perfect = pixel_deviations(masks, [mask.astype(np.float32) for mask in masks])
+    constant = pixel_deviations(masks, [np.ones(mask.shape) for mask in masks])
+    nothing = {"pixel_auroc": 0, "aupro": 0}
+    assert perfect == pytest.approx(nothing, abs=1e-12)
+    assert constant == pytest.approx(nothing, abs=1e-12)

@@ -1,4 +1,4 @@
-"""The head against numpy, and checkpoints against everything that can befall a file."""
+"""Heads and committee against numpy, and checkpoints against everything that can befall a file."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from simplenet_lib import model as model_module
@@ -25,6 +25,7 @@ from simplenet_lib.model import (
     SCALE,
     Head,
     SimpleNet,
+    grid,
     read_checkpoint,
     write_checkpoint,
     write_whole,
@@ -32,19 +33,23 @@ from simplenet_lib.model import (
 from simplenet_lib.weights import Weights, digest_of
 
 TINY = {"backbone": "resnet18", "layers": ("layer1",), "resize": 32, "crop": 32}
-CONFIG = preset("fast", **TINY, adaptor_channels=4, hidden_channels=3)
+TINY |= {"batchnorm": True, "adaptor_scale": 1.0, "standardise": True}
+CONFIG = preset("fast", **TINY, adaptor_channels=4, hidden_channels=3, heads=2)
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Leave no parameter or statistic at its initial value."""
+    random = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=random) - 0.2)
+            if name.split(".")[-1] in ("std", "running_var", "spread", "scale"):
+                tensor.add_(0.3)
 
 
 def head(config: Config = CONFIG, channels: int = 6) -> Head:
-    """A head in which no parameter or statistic has its initial value."""
     result = Head(channels, config)
-    random = torch.Generator().manual_seed(1)
-    for name, tensor in result.state_dict().items():
-        if tensor.is_floating_point() and name != "standardise.limit":
-            tensor.copy_(torch.rand(tensor.shape, generator=random) - 0.2)
-    result.standardise.std.add_(0.3)
-    result.discriminator.norm.running_var.add_(0.3)
-    result.standardise.limit.fill_(3.0)
+    randomise(result, 1)
     return result.eval()
 
 
@@ -63,9 +68,11 @@ def found(random_weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def trained(random_weights: Weights) -> SimpleNet:
     model = SimpleNet(CONFIG, random_weights).eval()
-    model.head.load_state_dict(head(channels=64).state_dict())
+    for seed, part in enumerate([*model.heads, model.standardise, model.drift]):
+        randomise(part, seed)
+    for seed, units in enumerate((model.centre, model.spread, model.level, model.scale)):
+        units.uniform_(0.3, 2, generator=torch.Generator().manual_seed(seed))
     model.threshold, model.typical = 0.1 + 0.2, -1 / 3  # no short decimal
-    model.background = 1 / 7
     return model
 
 
@@ -74,11 +81,9 @@ def trained(random_weights: Weights) -> SimpleNet:
 
 def test_forward_is_minus_the_discriminator_at_every_position() -> None:
     h = head()
-    features = torch.randn(2, 6, 3, 5)
+    features = torch.randn(2, 3, 5, 6)
     s = {name: t.numpy() for name, t in h.state_dict().items()}
-    x = features.permute(0, 2, 3, 1).numpy()
-    x = np.clip((x - s["standardise.mean"]) / s["standardise.std"], -3, 3)
-    x = x @ s["adaptor.conv.weight"][:, :, 0, 0].T + s["adaptor.conv.bias"]
+    x = features.numpy() @ s["adaptor.linear.weight"].T + s["adaptor.linear.bias"]
     x = x @ s["discriminator.hidden.weight"].T + s["discriminator.hidden.bias"]
     x = (x - s["discriminator.norm.running_mean"]) / np.sqrt(
         s["discriminator.norm.running_var"] + 1e-5
@@ -88,39 +93,41 @@ def test_forward_is_minus_the_discriminator_at_every_position() -> None:
     scores = h(features)
     assert scores.shape == (2, 3, 5)
     np.testing.assert_allclose(scores.detach().numpy(), -x[..., 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(h(features[1, 2]), scores[1, 2])  # any shape in front
 
 
 def test_normal_and_noisy_score_the_same_vectors_with_and_without_noise() -> None:
     h = head()
-    features = torch.randn(7, 6, 1, 1)
-    normal, noisy = h.normal_and_noisy(features, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(normal, -h(features).flatten())
+    vectors = torch.randn(7, 6)
+    normal, noisy = h.normal_and_noisy(vectors, torch.Generator().manual_seed(3))
+    assert normal.shape == noisy.shape == (7,)
+    torch.testing.assert_close(normal, -h(vectors))
     noise = torch.empty(7, 4).normal_(0, CONFIG.sigma, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(noisy, h.discriminator(h.adapt(features) + noise))
+    torch.testing.assert_close(noisy, h.discriminator(h.adaptor(vectors) + noise))
 
 
 def test_batchnorm_sees_both_halves_in_one_batch() -> None:
     h = head().train()
-    features = torch.randn(7, 6, 1, 1)
+    vectors = torch.randn(7, 6)
     noise = torch.empty(7, 4).normal_(0, CONFIG.sigma, generator=torch.Generator().manual_seed(3))
-    vectors = h.adapt(features).detach()
-    hidden = h.discriminator.hidden(torch.cat([vectors, vectors + noise]))
+    adapted = h.adaptor(vectors).detach()
+    hidden = h.discriminator.hidden(torch.cat([adapted, adapted + noise]))
     before = h.discriminator.norm.running_mean.clone()
-    h.normal_and_noisy(features, torch.Generator().manual_seed(3))
+    h.normal_and_noisy(vectors, torch.Generator().manual_seed(3))
     expected = 0.9 * before + 0.1 * hidden.mean(dim=0)
     torch.testing.assert_close(h.discriminator.norm.running_mean, expected)
 
 
 def test_gradients_reach_the_adaptor_through_both_halves() -> None:
     h = head(preset("fast", **TINY, adaptor_channels=4, hidden_channels=3, sigma=9.0))
-    features = torch.randn(7, 6, 1, 1)
+    vectors = torch.randn(7, 6)
 
     def gradient(of_normal: float, of_noisy: float) -> Tensor:
         h.zero_grad()
-        normal, noisy = h.normal_and_noisy(features, torch.Generator().manual_seed(3))
+        normal, noisy = h.normal_and_noisy(vectors, torch.Generator().manual_seed(3))
         (of_normal * normal.sum() + of_noisy * noisy.sum()).backward()
-        assert h.adaptor.conv.weight.grad is not None
-        return h.adaptor.conv.weight.grad.clone()
+        assert h.adaptor.linear.weight.grad is not None
+        return h.adaptor.linear.weight.grad.clone()
 
     first, second = gradient(1, 0), gradient(0, 1)
     assert first.any()
@@ -129,23 +136,113 @@ def test_gradients_reach_the_adaptor_through_both_halves() -> None:
     torch.testing.assert_close(gradient(1, 1), first + second)
 
 
+@pytest.mark.parametrize("scale", [0.05, 2.0**-4, 8.0])
+def test_the_adaptors_scale_leaves_the_first_scores_alone(scale: float) -> None:
+    """The adapted features shrink, and the noise beside them grows; the first scores stay."""
+    widths = {"adaptor_channels": 4, "hidden_channels": 3}
+    heads = []
+    for factor in (1.0, scale):
+        torch.manual_seed(0)
+        heads.append(Head(6, preset("fast", **{**TINY, "adaptor_scale": factor}, **widths)).eval())
+    plain, scaled = heads
+    vectors = torch.randn(20, 6)
+    torch.testing.assert_close(scaled.adaptor(vectors), scale * plain.adaptor(vectors))
+    torch.testing.assert_close(scaled(vectors), plain(vectors))
+    assert plain(vectors).std() > 0.01
+    if scale.hex().startswith("0x1.0000000000000p"):  # a power of 2 rounds nothing
+        assert torch.equal(scaled(vectors), plain(vectors))
+    for name in ("adaptor.linear.bias", "discriminator.hidden.bias", "discriminator.score.weight"):
+        assert torch.equal(scaled.state_dict()[name], plain.state_dict()[name])
+
+
 # SimpleNet ----------------------------------------------------------------------------
 
 
-def test_only_the_head_is_trained_and_the_seed_decides_its_start(random_weights: Weights) -> None:
+def test_only_heads_are_trained_and_the_seed_decides_their_start(random_weights: Weights) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     first = SimpleNet(CONFIG, random_weights)
     assert torch.equal(torch.rand(3), expected)  # the global generator is not moved
     again = SimpleNet(CONFIG, random_weights)
-    other = SimpleNet(preset("fast", **TINY, adaptor_channels=4, seed=1), random_weights)
-    weight = "head.adaptor.conv.weight"
-    assert torch.equal(first.state_dict()[weight], again.state_dict()[weight])
-    assert not torch.equal(first.state_dict()[weight], other.state_dict()[weight])
+    changes = {"adaptor_channels": 4, "hidden_channels": 3}
+    other = SimpleNet(preset("fast", **TINY, **changes, heads=2, seed=1), random_weights)
+    names = ["adaptor.linear.weight", "discriminator.hidden.weight", "discriminator.score.weight"]
+    for name in names:
+        weights = [
+            model.state_dict()[f"heads.{number}.{name}"]
+            for model in (first, other)
+            for number in range(2)
+        ]
+        assert len({tuple(weight.flatten().tolist()) for weight in weights}) == 4
+        assert torch.equal(weights[0], again.state_dict()[f"heads.0.{name}"])
     trainable = {name for name, p in first.named_parameters() if p.requires_grad}
-    assert trainable
-    assert all(name.startswith("head.") for name in trainable)
+    assert {name.split(".")[1] for name in trainable} == {"0", "1"}
+    assert all(name.startswith("heads.") for name in trainable)
+    # A committee of another size starts with the same heads.
+    for count in (1, 3):
+        config = preset("fast", **TINY, **changes, heads=count)
+        state = SimpleNet(config, random_weights).state_dict()
+        for number in range(min(count, 2)):
+            for name in names:
+                key = f"heads.{number}.{name}"
+                assert torch.equal(state[key], first.state_dict()[key])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("neighbourhood", [1, 3])
+@pytest.mark.parametrize("layers", [("layer2", "layer1", "layer3"), ("layer3",)])
+def test_score_maps_are_those_of_each_head_on_the_joined_features(
+    layers: tuple[str, ...], neighbourhood: int, ratio: float, random_weights: Weights
+) -> None:
+    changes = {"layers": layers, "resize": 64, "crop": 64, "ratio": ratio, "heads": 3}
+    changes |= {"neighbourhood": neighbourhood, "adaptor_channels": 4, "hidden_channels": 3}
+    model = SimpleNet(preset("fast", **{**TINY, **changes}), random_weights).eval()
+    for seed, part in enumerate([*model.heads, model.standardise]):
+        randomise(part, seed)
+    height, width = model.config.seen
+    assert (height, width) == ((64, 64) if ratio == 0 else (48, 96))
+    with torch.inference_mode():
+        outputs = model.features.outputs(torch.randn(2, 3, height, width))
+        maps = model.score_maps(outputs)
+        vectors = model.standardise(model.features.join(outputs))
+        expected = torch.stack([head(vectors) for head in model.heads])
+    assert maps.shape == (3, 2, *model.level.shape)
+    assert expected.std(dim=(1, 2, 3)).min() > 1e-2
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["layer1", "layer2", "layer3", "layer4"])
+@pytest.mark.parametrize(("crop", "ratio"), [(33, 0.0), (64, 0.0), (95, 1.0), (80, 2.1)])
+def test_the_grid_is_that_of_the_first_layer(
+    layer: str, crop: int, ratio: float, random_weights: Weights
+) -> None:
+    changes = {"layers": (layer, "layer2"), "resize": 96, "crop": crop, "ratio": ratio}
+    config = preset("fast", **{**TINY, **changes}, adaptor_channels=4)
+    model = SimpleNet(config, random_weights).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 3, *config.seen)).shape == (1, *grid(config))
+    assert model.level.shape == model.scale.shape == grid(config)
+
+
+def test_committee_is_a_mean_in_units(trained: SimpleNet) -> None:
+    maps = torch.randn(2, 4, 8, 8)
+    numbers = {name: getattr(trained, name).numpy() for name in ("centre", "spread")}
+    expected = np.zeros((4, 8, 8))
+    for head_map, centre, spread in zip(maps.numpy(), *numbers.values(), strict=True):
+        expected += (head_map - centre) / spread / 2
+    expected = (expected - trained.level.numpy()) / trained.scale.numpy()
+    np.testing.assert_allclose(trained.committee(maps).numpy(), expected, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        images = torch.randn(2, 3, 32, 32)
+        maps = trained.score_maps(trained.features.outputs(images))
+        torch.testing.assert_close(trained(images), trained.committee(maps))
+
+
+def test_units_start_at_the_typical_score_and_reach_1_at_the_threshold(trained: SimpleNet) -> None:
+    trained.typical, trained.threshold = 2.0, 6.0
+    values = torch.tensor([[2.0, 6.0], [4.0, 10.0]])
+    assert trained.in_units(values).tolist() == [[0, 1], [0.5, 2]]
 
 
 def test_save_and_load_give_the_same_bits(trained: SimpleNet, tmp_path: Path) -> None:
@@ -162,8 +259,11 @@ def test_save_and_load_give_the_same_bits(trained: SimpleNet, tmp_path: Path) ->
     loaded.save(again)
     assert again.read_bytes() == path.read_bytes()
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.safetensors"]
-    # The backbone's weights stay out: 4 * 64 + 4 + 4 * 3 + 3 + 3 and the statistics.
-    assert path.stat().st_size < 10_000
+    for name, tensor in trained.trained_state().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    # The backbone's 45 MB stay out; the largest part is the drift's 100 directions of 64 numbers.
+    assert not any(name.startswith("features.") for name in read_checkpoint(path)[0])
+    assert path.stat().st_size < 40_000
 
 
 # Damaged checkpoints ------------------------------------------------------------------
@@ -175,7 +275,7 @@ def rewritten(trained: SimpleNet, tmp_path: Path) -> Callable[..., Path]:
 
     def write(tensors: dict[str, Any] | None = None, **metadata: str | None) -> Path:
         scale = {name: repr(getattr(trained, name)) for name in SCALE}
-        state = {**trained.head.state_dict(), **(tensors or {})}
+        state = {**trained.trained_state(), **(tensors or {})}
         data = {**trained.identity(), **scale, **metadata}
         path = tmp_path / "model.safetensors"
         write_checkpoint(
@@ -202,33 +302,57 @@ def test_the_rewriting_itself_does_no_harm(rewritten: Callable[..., Path]) -> No
 
 
 def test_tensors_that_do_not_fit_are_refused(rewritten: Callable[..., Path]) -> None:
-    weight = "discriminator.score.weight"
-    assert f"({weight})" in refused(rewritten({weight: None}))
-    assert "(standardise.mean)" in refused(rewritten({"standardise.mean": None}))
+    weight = "heads.0.discriminator.score.weight"
+    for name in ("level", "centre", "drift.gaussian.directions", "standardise.std"):
+        assert f"({name})" in refused(rewritten({name: None}))
     assert "(surplus)" in refused(rewritten({"surplus": torch.zeros(1)}))
-    message = refused(rewritten({weight: torch.zeros(1, 4)}))
-    assert f"{weight} is (1, 4)" in message
-    assert "asks for (1, 3)" in message
+    message = refused(rewritten({"heads.1.adaptor.linear.weight": torch.zeros(64, 4)}))
+    assert "heads.1.adaptor.linear.weight is (64, 4)" in message
+    assert "asks for (4, 64)" in message
+    message = refused(rewritten({"level": torch.zeros(1, 8)}))  # would broadcast silently
+    assert "level is (1, 8)" in message and "asks for (8, 8)" in message
+    assert "spread is (3,)" in refused(rewritten({"spread": torch.ones(3)}))
     assert "torch.float16" in refused(rewritten({weight: torch.zeros(1, 3).half()}))
     assert "not finite" in refused(rewritten({weight: torch.tensor([[1.0, math.nan, 1.0]])}))
     assert "not finite" in refused(rewritten({weight: torch.tensor([[1.0, math.inf, 1.0]])}))
+    assert "not finite" in refused(rewritten({"scale": torch.full((8, 8), math.inf)}))
 
 
-def test_a_head_for_another_backbone_is_refused(tmp_path: Path, random_weights: Weights) -> None:
+def test_heads_that_do_not_fit_are_refused(
+    rewritten: Callable[..., Path], trained: SimpleNet
+) -> None:
+    sentence = "its heads do not fit its configuration"
+    weight = "heads.0.discriminator.score.weight"
+    assert sentence in refused(rewritten({weight: None}))
+    assert sentence in refused(rewritten({weight: torch.zeros(1, 4)}))
+    config = json.loads(CONFIG.to_json())
+    for heads in (1, 3, 100):
+        assert sentence in refused(rewritten(config=json.dumps({**config, "heads": heads})))
+    second = [name for name in trained.trained_state() if name.startswith("heads.1.")]
+    assert sentence in refused(rewritten(dict.fromkeys(second)))
+    state = trained.trained_state()
+    third = {name.replace(".1.", ".2."): state[name].clone() for name in second}
+    assert sentence in refused(rewritten(third))
+    renamed = {**dict.fromkeys(second), **third}  # as many numbers, under other names
+    assert "its tensors do not fit its configuration" in refused(rewritten(renamed))
+
+
+def test_a_head_for_another_backbone_is_refused(rewritten: Callable[..., Path]) -> None:
     """All tensors fit each other and the configuration, but not the backbone's 64 channels."""
-    path = tmp_path / "model.safetensors"
-    identity = {
-        "format": CHECKPOINT_FORMAT,
-        "config": CONFIG.to_json(),
-        "weights": random_weights.digest,
+    tensors = {
+        f"heads.{number}.{name}": tensor
+        for number in range(2)
+        for name, tensor in head(channels=6).state_dict().items()
     }
-    scale = {"threshold": "1.0", "typical": "0.0", "background": "0.5"}
-    write_checkpoint(path, head(channels=6).state_dict(), identity | scale)
-    assert "asks for (4, 64, 1, 1)" in refused(path)
+    narrow = {"standardise.mean": torch.zeros(6), "standardise.std": torch.ones(6)}
+    path = rewritten(tensors | narrow)
+    assert "6" in (message := refused(path)) and "64" in message
+    assert "but its configuration asks for" in message
 
 
 def test_metadata_that_does_not_fit_is_refused(rewritten: Callable[..., Path]) -> None:
     assert "not a checkpoint of this program" in refused(rewritten(format="simplenet-0"))
+    assert "not a checkpoint of this program" in refused(rewritten(format="simplenet-4"))
     assert "not a checkpoint of this program" in refused(rewritten(format=None))
     assert "not a SimpleNet configuration" in refused(rewritten(config=None))
     assert "not a SimpleNet configuration" in refused(rewritten(config="{"))
@@ -245,6 +369,18 @@ def test_metadata_that_does_not_fit_is_refused(rewritten: Callable[..., Path]) -
     message = refused(rewritten(weights="0" * 64))
     assert "trained on other pretrained weights of resnet18" in message
     assert "SIMPLENET_WEIGHTS" in message
+
+
+@pytest.mark.parametrize("older", ["simplenet-1", "simplenet-2"])
+def test_a_model_of_an_earlier_version_says_what_to_do(
+    rewritten: Callable[..., Path], older: str
+) -> None:
+    message = refused(rewritten(format=older))
+    assert f"a model of an earlier version ({older})" in message
+    assert message.endswith("this one reads simplenet-3. Train it again with the same command.")
+    assert CHECKPOINT_FORMAT == "simplenet-3"
+    with pytest.raises(SimpleNetError, match="Train it again"):  # a training's state as well
+        read_checkpoint(rewritten(format=older))
 
 
 def test_files_that_are_no_checkpoint_are_refused(
@@ -291,7 +427,7 @@ HEADER_VALUE = st.one_of(
     st.booleans(),
     st.integers(-2, 2**65),
     st.text(max_size=4),
-    st.sampled_from(["[" * 5000, "[]", "null", '{"format": 1}', '{"format": "simplenet-2"}']),
+    st.sampled_from(["[" * 5000, "[]", "null", '{"format": 1}', '{"format": "simplenet-3"}']),
     st.sampled_from(["F32", "F64", "I64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "U64"]),
     st.lists(st.integers(0, 2**63), max_size=3),
 )
@@ -301,7 +437,7 @@ HEADER_VALUE = st.one_of(
 def valid(random_weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
     model = SimpleNet(CONFIG, random_weights)
-    model.threshold, model.typical, model.background = 1.0, 0.0, 0.5
+    model.threshold, model.typical = 1.0, 0.0
     model.save(path)
     return path.read_bytes()
 
@@ -311,7 +447,7 @@ def fast_load(monkeypatch: pytest.MonkeyPatch, random_weights: Weights) -> Itera
     """Keep the frozen features of the one backbone, so that a load takes milliseconds."""
     frozen = SimpleNet(CONFIG, random_weights).features
 
-    def features(backbone: str, layers: Any, weights: Any, neighbourhood: int) -> Any:
+    def features(backbone: str, layers: Any, weights: Any, neighbourhood: int, border: str) -> Any:
         if (backbone, tuple(layers)) != ("resnet18", ("layer1",)):
             raise SimpleNetError("another backbone")
         return frozen
@@ -328,7 +464,7 @@ def load_or_refuse(data: bytes, path: Path) -> None:
     except SimpleNetError as error:
         assert str(error)
     else:
-        assert all(bool(t.isfinite().all()) for t in model.head.state_dict().values())
+        assert all(bool(t.isfinite().all()) for t in model.trained_state().values())
 
 
 @pytest.mark.usefixtures("fast_load")
@@ -364,8 +500,8 @@ def test_changed_headers_load_or_are_refused(
     keys = ["dtype", "shape", "data_offsets", "simplenet", "x"]
 
     @given(entry=st.sampled_from(entries), key=st.sampled_from(keys), value=HEADER_VALUE)
-    @example(entry="standardise.limit", key="shape", value=[0, 2**62])
-    @example(entry="adaptor.conv.weight", key="dtype", value="F8_E8M0")
+    @example(entry="standardise.mean", key="shape", value=[0, 2**62])
+    @example(entry="heads.0.adaptor.linear.weight", key="dtype", value="F8_E8M0")
     def fuzz(entry: str, key: str, value: Any) -> None:
         changed = json.loads(json.dumps(header))
         changed[entry][key] = value
@@ -401,21 +537,24 @@ def test_declared_sizes_are_not_believed(valid: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     length = struct.unpack("<Q", valid[:8])[0]
     header = json.loads(valid[8 : 8 + length])
-    weight = header["adaptor.conv.weight"]
+    name = "heads.0.adaptor.linear.weight"
+    weight = header[name]
     attacks = [struct.pack("<Q", 2**40) + valid[8:], struct.pack("<Q", 2**63) + valid[8:]]
-    for shape in ([2**40, 1, 1, 1], [2**31, 2**31, 4, 1], [2**62, 2, 2, 0]):
+    for shape in ([2**40, 1], [2**31, 2**33], [2**62, 2, 2, 0]):
         for end in (weight["data_offsets"][1], 2**42):
             offsets = [weight["data_offsets"][0], end]
             changed = {
                 **header,
-                "adaptor.conv.weight": {**weight, "shape": shape, "data_offsets": offsets},
+                name: {**weight, "shape": shape, "data_offsets": offsets},
             }
             text = json.dumps(changed).encode()
             attacks.append(struct.pack("<Q", len(text)) + text + valid[8 + length :])
-    config = {**json.loads(CONFIG.to_json()), "adaptor_channels": 16384, "hidden_channels": 16384}
-    large = {**json.loads(header["__metadata__"]["simplenet"]), "config": json.dumps(config)}
-    write_checkpoint(path, safetensors.torch.load(valid), large)  # a head of a gigabyte
-    attacks.append(path.read_bytes())
+    wide = {"adaptor_channels": 16384, "hidden_channels": 16384}
+    for change in (wide, {**wide, "heads": 100}, {"heads": 100}):  # heads of a gigabyte each
+        config = json.dumps({**json.loads(CONFIG.to_json()), **change})
+        large = {**json.loads(header["__metadata__"]["simplenet"]), "config": config}
+        write_checkpoint(path, safetensors.torch.load(valid), large)
+        attacks.append(path.read_bytes())
     for data in attacks:
         path.write_bytes(data)
         before = resident()

@@ -1,16 +1,17 @@
-"""Adaptor, noise, discriminator and loss against numpy, torch.nn.Linear and numbers by hand."""
+"""Adaptor, noise, discriminator and loss against numpy, torch's own and numbers by hand."""
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simplenet_lib.adaptor import Adaptor
 from simplenet_lib.discriminator import Discriminator
-from simplenet_lib.loss import margin_loss
-from simplenet_lib.noise import add_noise
+from simplenet_lib.loss import cross_entropy_loss, margin_loss
+from simplenet_lib.noise import add_noise, random_seed
 
 SIZE = st.integers(1, 7)
 SCORES = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=12)
@@ -22,33 +23,33 @@ def seeded(seed: int) -> torch.Generator:
 
 @settings(deadline=None, max_examples=40)
 @given(n=SIZE, channels=SIZE, out=SIZE, height=SIZE, width=SIZE, seed=st.integers(0, 999))
-def test_adaptor_is_one_linear_layer_at_every_position(
+def test_adaptor_is_a_1x1_convolution(
     n: int, channels: int, out: int, height: int, width: int, seed: int
 ) -> None:
-    features = torch.randn(n, channels, height, width, generator=seeded(seed))
+    features = torch.randn(n, height, width, channels, generator=seeded(seed))
     adaptor = Adaptor(channels, out)
-    nn.init.normal_(adaptor.conv.bias)
-    linear = nn.Linear(channels, out)
-    linear.weight.data = adaptor.conv.weight.data[:, :, 0, 0]
-    linear.bias.data = adaptor.conv.bias.data
+    nn.init.normal_(adaptor.linear.bias, generator=seeded(seed))
+    convolution = nn.Conv2d(channels, out, 1)
+    convolution.weight.data = adaptor.linear.weight.data[:, :, None, None]
+    convolution.bias.data = adaptor.linear.bias.data
     adapted = adaptor(features)
-    assert adapted.shape == (n, out, height, width)
-    for row in range(height):
-        for column in range(width):
-            torch.testing.assert_close(
-                adapted[:, :, row, column], linear(features[:, :, row, column])
-            )
-    weight, bias = linear.weight.detach().numpy(), linear.bias.detach().numpy()
-    by_numpy = np.einsum("dc,nchw->ndhw", weight, features.numpy()) + bias[:, None, None]
+    assert adapted.shape == (n, height, width, out)
+    channels_first = convolution(features.permute(0, 3, 1, 2))
+    torch.testing.assert_close(adapted, channels_first.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    state = {name: t.numpy() for name, t in adaptor.linear.state_dict().items()}
+    by_numpy = np.einsum("dc,nhwc->nhwd", state["weight"], features.numpy()) + state["bias"]
     np.testing.assert_allclose(adapted.detach().numpy(), by_numpy, rtol=1e-4, atol=1e-5)
+    # However many axes there are in front, one vector is adapted as it is among many.
+    torch.testing.assert_close(adaptor(features[-1, -1]), adapted[-1, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(adaptor(features[0, 0, 0]), adapted[0, 0, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_adaptor_parameters_and_initialisation() -> None:
     adaptor = Adaptor(1536, 512)
     assert sum(p.numel() for p in adaptor.parameters()) == 1536 * 512 + 512
-    assert not adaptor.conv.bias.any()
+    assert not adaptor.linear.bias.any()
     # Xavier: the variance is 2 / (inputs + outputs).
-    assert adaptor.conv.weight.std().item() == pytest.approx((2 / (1536 + 512)) ** 0.5, rel=0.01)
+    assert adaptor.linear.weight.std().item() == pytest.approx((2 / (1536 + 512)) ** 0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("sigma", [0.015, 0.5])
@@ -95,6 +96,55 @@ def test_noise_passes_gradients_unchanged() -> None:
     assert torch.equal(z.grad, weights)
 
 
+STREAM = st.lists(st.integers(0, 2**32 - 1), max_size=4).map(tuple)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    first=st.tuples(st.integers(0, 2**31 - 1), STREAM),
+    second=st.tuples(st.integers(0, 2**31 - 1), STREAM),
+)
+def test_random_seed_is_numpys_spawned_sequence(
+    first: tuple[int, tuple[int, ...]], second: tuple[int, tuple[int, ...]]
+) -> None:
+    seed, stream = first
+    found = random_seed(seed, *stream)
+    expected = np.random.SeedSequence(seed, spawn_key=stream).generate_state(2).tolist()
+    assert found == (expected[0] + 2**32 * expected[1]) % 2**63  # of two halves
+    seeded(found)  # torch takes it
+    assert (found == random_seed(second[0], *second[1])) == (first == second)
+
+
+def test_random_seed_by_numpys_own_children_and_by_pinned_numbers() -> None:
+    """A number that changed would change every training: results could not be repeated."""
+    child = np.random.SeedSequence(7).spawn(4)[3].spawn(2)[1]
+    assert random_seed(7, 3, 1) == int(child.generate_state(1, np.uint64)[0]) % 2**63
+    assert random_seed(0) == 6569863346532939966
+    assert random_seed(0, 0) == 8668861027912758289
+    assert random_seed(0, 0, 0) == 2635072618980576772
+    assert random_seed(1, 2, 3) == 1705194861510675083
+    # A longer stream is another one, and so is the same of another seed.
+    streams = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (2**31,)]
+    seeds = {random_seed(seed, *stream) for seed in range(50) for stream in streams}
+    assert len(seeds) == 50 * len(streams)
+
+
+def test_neighbouring_streams_are_independent() -> None:
+    count, size = 200, 2000
+    numbers = np.array(
+        [
+            torch.randn(size, generator=seeded(random_seed(0, 3, step))).numpy()
+            for step in range(count)
+        ]
+    )
+    # Standard error of a correlation: 1/sqrt(n); 19,900 pairs reach 4.1 of them, 6 are allowed.
+    between = np.corrcoef(numbers)[np.triu_indices(count, 1)]
+    assert abs(between).max() < 6 / size**0.5
+    assert between.std() == pytest.approx(1 / size**0.5, rel=0.05)
+    means = numbers.mean(axis=1) * size**0.5
+    assert means.std() == pytest.approx(1, abs=5 / (2 * count) ** 0.5)
+
+
 def discriminator_by_numpy(discriminator: Discriminator, vectors: np.ndarray) -> np.ndarray:
     state = {name: t.numpy() for name, t in discriminator.state_dict().items()}
     hidden = vectors @ state["hidden.weight"].T + state["hidden.bias"]
@@ -118,9 +168,15 @@ def test_discriminator_equals_numpy(batchnorm: bool, training: bool) -> None:
     discriminator.train(training)
     vectors = torch.randn(9, 6)
     expected = discriminator_by_numpy(discriminator, vectors.numpy())
-    scores = discriminator(vectors)
-    assert scores.shape == (9,)
-    np.testing.assert_allclose(scores.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    # Vectors of any arrangement: as a batch, as one map, as maps of several images.
+    for shape in ((9,), (3, 3), (3, 1, 3), (1, 9, 1, 1)):
+        scores = discriminator(vectors.view(*shape, 6))
+        assert scores.shape == shape
+        found = scores.detach().flatten().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    channels_first = vectors.view(3, 3, 6).permute(2, 0, 1).contiguous()
+    found = discriminator(channels_first.permute(1, 2, 0)).detach().flatten().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_discriminator_by_hand() -> None:
@@ -131,6 +187,8 @@ def test_discriminator_by_hand() -> None:
     # (1, 1): hidden (3, 1), score 3 + 10; (4, 1): hidden (6, -2), 6 - 10 * 0.4.
     scores = discriminator(torch.tensor([[1.0, 1.0], [4.0, 1.0]]))
     torch.testing.assert_close(scores, torch.tensor([13.0, 2.0]))
+    single = discriminator(torch.tensor([4.0, 1.0]))
+    assert (single.shape, single.item()) == ((), 2.0)
 
 
 @settings(deadline=None, max_examples=30)
@@ -198,3 +256,58 @@ def test_margin_loss_gradient_is_zero_beyond_and_one_over_b_inside(
 
     torch.testing.assert_close(a.grad, expected(a, -1.0))
     torch.testing.assert_close(b.grad, expected(b, 1.0))
+
+
+def test_cross_entropy_loss_by_hand() -> None:
+    # D = log 3 says "normal" with probability 3/4: right costs log 4/3, wrong log 4.
+    normal = torch.tensor([3.0, 1.0]).log().requires_grad_()
+    noisy = torch.tensor([3.0, 1 / 3, 1.0, 1.0]).log().requires_grad_()
+    loss = cross_entropy_loss(normal, noisy)
+    assert loss.shape == ()
+    expected = (np.log(4 / 3) + np.log(2)) / 2
+    expected += (np.log(4) + np.log(4 / 3) + 2 * np.log(2)) / 4
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    # The probability of the other answer, divided by the number of scores.
+    torch.testing.assert_close(normal.grad, torch.tensor([-1 / 8, -1 / 4]))
+    torch.testing.assert_close(noisy.grad, torch.tensor([3 / 16, 1 / 16, 1 / 8, 1 / 8]))
+
+
+WIDE_SCORES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(normal=SCORES | WIDE_SCORES, noisy=SCORES | WIDE_SCORES)
+def test_cross_entropy_loss_is_torchs(normal: list[float], noisy: list[float]) -> None:
+    ours = [torch.tensor(scores, requires_grad=True) for scores in (normal, noisy)]
+    theirs = [torch.tensor(scores, requires_grad=True) for scores in (normal, noisy)]
+    found = cross_entropy_loss(*ours)
+    expected = F.binary_cross_entropy_with_logits(theirs[0], torch.ones(len(normal)))
+    expected = expected + F.binary_cross_entropy_with_logits(theirs[1], torch.zeros(len(noisy)))
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    # Swapping the two sides and every sign changes nothing; answering 0 costs 2 log 2.
+    swapped = cross_entropy_loss(-ours[1].detach(), -ours[0].detach())
+    torch.testing.assert_close(swapped, found.detach())
+    trivial = cross_entropy_loss(torch.zeros(len(normal)), torch.zeros(len(noisy)))
+    assert trivial.item() == pytest.approx(2 * np.log(2))
+
+
+def test_best_answer_to_cross_entropy_is_the_logarithm_of_the_densities() -> None:
+    """Two places: at one normal vectors are 1.5 times as frequent as noisy ones, at one half."""
+    answers = torch.zeros(2, requires_grad=True)
+    normal, noisy = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 0])
+    optimizer = torch.optim.LBFGS([answers], max_iter=100, tolerance_grad=1e-9)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy_loss(answers[normal], answers[noisy])
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    expected = torch.tensor([(3 / 4) / (2 / 4), (1 / 4) / (2 / 4)]).log()
+    torch.testing.assert_close(answers.detach(), expected, rtol=1e-3, atol=1e-3)

@@ -1,6 +1,7 @@
 """The files around the code agree with each other and hold nothing private."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -87,6 +88,14 @@ def test_lock_names_no_address() -> None:
 
 def test_citation_names_the_current_version() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+def test_tables_of_the_readme_are_those_of_the_runs() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = (ROOT / "README.md").read_text()
+    assert tables.rewritten(text) == text, "run `python benchmarks/tables.py`"
 
 
 def test_files_are_small(files: list[Path]) -> None:
