@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -340,7 +341,7 @@ def cached_features(
             digests[index] = hashlib.sha256(data).hexdigest()
             try:
                 found[index] = _read_features(entry(index))
-            except (OSError, EOFError, ValueError):  # not there, or damaged
+            except Exception:  # not there, or damaged in whatever way
                 yield dataset.item(index, data)
 
     device = next(extractor.parameters()).device
@@ -379,10 +380,16 @@ def cached_features(
 
 def _read_features(path: Path) -> tuple[FeatureMap, NDArray[np.float32]]:
     """Features and description of one image, as :func:`_write_features` wrote them."""
-    features: FeatureMap = np.load(path, mmap_mode="r", allow_pickle=False)
     with path.open("rb") as file:
-        file.seek(features.offset + features.nbytes)  # type: ignore[attr-defined]
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        start, count = file.tell() // dtype.itemsize, math.prod(shape)
+        file.seek(count * dtype.itemsize, os.SEEK_CUR)
         description: NDArray[np.float32] = np.load(file, allow_pickle=False)
+    # Unlike numpy's memory maps, torch's keep no file open: there may be one for each image.
+    mapped = torch.from_file(str(path), shared=False, size=start + count, dtype=torch.float16)
+    features: FeatureMap = mapped[start:].view(shape).numpy()
+    features.flags.writeable = False
     with suppress(OSError):  # the folder may be another user's
         os.utime(path)  # the most recently used entry is forgotten last
     return features, description

@@ -137,11 +137,16 @@ def test_rates_are_those_of_the_verdicts(done: Run) -> None:
     changed = []
     for prediction, score in zip(predictions, values, strict=True):
         fields = {**vars(prediction), "score": score, "anomalous": score > 1}
+        fields["unfamiliar"] = ["darker", "less sharp"] if score in (0.5, 1.5, 3.0) else []
         changed.append(type(prediction)(**fields))
     report = benchmark.compare(changed)
-    for rate, kind in (("false_alarm_rate", 0), ("detection_rate", 1)):
-        verdicts = [p.score > 1 for p in changed if p.sample.label == kind]
-        assert report[rate] == pytest.approx(sum(verdicts) / len(verdicts))
+    for rate, share, kind in (
+        ("false_alarm_rate", "unfamiliar_share_normal", 0),
+        ("detection_rate", "unfamiliar_share_defect", 1),
+    ):
+        some = [p for p in changed if p.sample.label == kind]
+        assert report[rate] == pytest.approx(sum(p.score > 1 for p in some) / len(some))
+        assert report[share] == pytest.approx(sum(bool(p.unfamiliar) for p in some) / len(some))
 
 
 def test_without_masks_pixels_are_not_measured(done: Run) -> None:
