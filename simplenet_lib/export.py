@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.localization import anomaly_map, image_score
@@ -69,12 +68,6 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
         ) from error
 
     detector = Detector(copy.deepcopy(model).cpu()).eval()
-    for head in detector.model.heads:
-        discriminator = head.discriminator
-        if isinstance(discriminator.norm, nn.BatchNorm1d):
-            # As chapter 2 folds the backbone's: the exporter of PyTorch 2.6 cannot write one.
-            discriminator.hidden = fuse_linear_bn_eval(discriminator.hidden, discriminator.norm)
-            discriminator.norm = nn.Identity()
     example = torch.rand(2, 3, *model.config.seen)
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         # The exporter warns of its own internals, nothing that a user could mend.

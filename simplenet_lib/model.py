@@ -60,6 +60,21 @@ class Head(nn.Module):
         scores = self.discriminator(torch.cat([normal, noisy]))
         return scores[: len(normal)], scores[len(normal) :]
 
+    def before_activation(self) -> tuple[Tensor, Tensor]:
+        """Weight (H, C) and bias (H,) of everything before the hidden layer's activation.
+
+        As it works in evaluation mode: adaptor, hidden layer and BatchNorm in one.
+        """
+        linear, hidden = self.adaptor.linear, self.discriminator.hidden
+        weight, bias = hidden.weight @ linear.weight, hidden.weight @ linear.bias + hidden.bias
+        norm = self.discriminator.norm
+        if isinstance(norm, nn.BatchNorm1d):
+            assert norm.running_mean is not None and norm.running_var is not None
+            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            weight = weight * scale[:, None]
+            bias = (bias - norm.running_mean) * scale + norm.bias
+        return weight, bias
+
     def forward(self, vectors: Tensor) -> Tensor:
         """Score -D(z), (...), of standardised features (..., C): high is anomalous."""
         scores: Tensor = -self.discriminator(self.adaptor(vectors))
@@ -130,25 +145,31 @@ class SimpleNet(nn.Module):
     def score_maps(self, outputs: list[Tensor]) -> Tensor:
         """Every head's score map -D(z), (K, N, h, w), from the layers' outputs.
 
-        As ``head(standardise(features.join(outputs)))``, with less arithmetic: standardising,
-        adapting and resampling are linear. So all heads' adaptors become one 1x1
-        convolution of each layer on that layer's own, smaller grid.
+        As ``head(standardise(features.join(outputs)))``, with less arithmetic. Up to the
+        activation of the hidden layer everything is linear: standardising, adapting,
+        resampling, averaging. So all heads together become one 1x1 convolution of each
+        layer on that layer's own, smaller grid.
         """
-        deviation = self.standardise.std
-        adaptors = [head.adaptor.linear for head in self.heads]
-        weight = torch.cat([linear.weight for linear in adaptors]) / deviation
-        bias = torch.cat([linear.bias for linear in adaptors]) - weight @ self.standardise.mean
+        weights, biases = zip(*(head.before_activation() for head in self.heads), strict=True)
+        weight = torch.cat(weights) / self.standardise.std
+        bias = torch.cat(biases) - weight @ self.standardise.mean
         parts = torch.split(weight, [output.shape[1] for output in outputs], dim=1)
-        adapted = self.features.on_one_grid(
+        zero = torch.zeros_like(bias)
+        maps = self.features.on_one_grid(
             [
-                F.conv2d(output, part[:, :, None, None])
-                for output, part in zip(outputs, parts, strict=True)
+                F.conv2d(output, part[:, :, None, None], bias if number == 0 else zero)
+                for number, (output, part) in enumerate(zip(outputs, parts, strict=True))
             ]
         )
-        joined = self.features.around(torch.stack(adapted).sum(dim=0))
-        vectors = (joined.permute(0, 2, 3, 1) + bias).chunk(len(self.heads), dim=-1)
+        joined = maps[0]
+        for other in maps[1:]:
+            joined = joined + other
+        hidden = self.features.around(joined).permute(0, 2, 3, 1).chunk(len(self.heads), dim=-1)
         return torch.stack(
-            [-head.discriminator(z) for head, z in zip(self.heads, vectors, strict=True)]
+            [
+                -head.discriminator.score(head.discriminator.activation(values)).squeeze(-1)
+                for head, values in zip(self.heads, hidden, strict=True)
+            ]
         )
 
     def committee(self, maps: Tensor) -> Tensor:
