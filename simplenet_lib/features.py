@@ -419,4 +419,5 @@ def _forget_oldest(in_use: set[Path]) -> None:
     for _, entry_size, entry in sorted(entries):
         if size > CACHE_LIMIT_BYTES and entry not in in_use:
             size -= entry_size
-            entry.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's
+                entry.unlink(missing_ok=True)

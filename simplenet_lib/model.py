@@ -60,21 +60,6 @@ class Head(nn.Module):
         scores = self.discriminator(torch.cat([normal, noisy]))
         return scores[: len(normal)], scores[len(normal) :]
 
-    def before_activation(self) -> tuple[Tensor, Tensor]:
-        """Weight (H, C) and bias (H,) of everything before the hidden layer's activation.
-
-        As it works in evaluation mode: adaptor, hidden layer and BatchNorm in one.
-        """
-        linear, hidden = self.adaptor.linear, self.discriminator.hidden
-        weight, bias = hidden.weight @ linear.weight, hidden.weight @ linear.bias + hidden.bias
-        norm = self.discriminator.norm
-        if isinstance(norm, nn.BatchNorm1d):
-            assert norm.running_mean is not None and norm.running_var is not None
-            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            weight = weight * scale[:, None]
-            bias = (bias - norm.running_mean) * scale + norm.bias
-        return weight, bias
-
     def forward(self, vectors: Tensor) -> Tensor:
         """Score -D(z), (...), of standardised features (..., C): high is anomalous."""
         scores: Tensor = -self.discriminator(self.adaptor(vectors))
@@ -150,7 +135,7 @@ class SimpleNet(nn.Module):
         resampling, averaging. So all heads together become one 1x1 convolution of each
         layer on that layer's own, smaller grid.
         """
-        weights, biases = zip(*(head.before_activation() for head in self.heads), strict=True)
+        weights, biases = zip(*map(before_activation, self.heads), strict=True)
         weight = torch.cat(weights) / self.standardise.std
         bias = torch.cat(biases) - weight @ self.standardise.mean
         parts = torch.split(weight, [output.shape[1] for output in outputs], dim=1)
@@ -268,6 +253,22 @@ class SimpleNet(nn.Module):
         for name, value in scale.items():
             setattr(model, name, value)
         return model.eval()
+
+
+def before_activation(head: Head) -> tuple[Tensor, Tensor]:
+    """Weight (H, C) and bias (H,) of everything before the hidden layer's activation.
+
+    As it works in evaluation mode: adaptor, hidden layer and BatchNorm in one.
+    """
+    linear, hidden = head.adaptor.linear, head.discriminator.hidden
+    weight, bias = hidden.weight @ linear.weight, hidden.weight @ linear.bias + hidden.bias
+    norm = head.discriminator.norm
+    if isinstance(norm, nn.BatchNorm1d):
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        weight = weight * scale[:, None]
+        bias = (bias - norm.running_mean) * scale + norm.bias
+    return weight, bias
 
 
 def grid(config: Config) -> tuple[int, int]:
