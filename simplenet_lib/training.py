@@ -456,8 +456,9 @@ def calibrate(
     each of n others in the very heads that have not seen that one calls at most
     2 / (n + 1) + (1 - F / n) / (F + 1) of normal ones anomalous, with F folds (Barber et
     al., theorem 4), and about 1 / (n + 1) in practice. The rule here, one mean of all
-    heads and one shift, is simpler and has no such proof: the README says how many false
-    alarms were measured.
+    heads and one shift, is simpler and has no such proof. Level and scale of the positions
+    come from the photos that then set the threshold, which makes it too low where photos
+    are few. The README says how many false alarms were measured.
 
     Parameters
     ----------

@@ -192,10 +192,16 @@ def test_only_heads_are_trained_and_the_seed_decides_their_start(random_weights:
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @pytest.mark.parametrize("neighbourhood", [1, 3])
 @pytest.mark.parametrize("layers", [("layer2", "layer1", "layer3"), ("layer3",)])
+@pytest.mark.parametrize("batchnorm", [True, False])
 def test_score_maps_are_those_of_each_head_on_the_joined_features(
-    layers: tuple[str, ...], neighbourhood: int, ratio: float, random_weights: Weights
+    batchnorm: bool,
+    layers: tuple[str, ...],
+    neighbourhood: int,
+    ratio: float,
+    random_weights: Weights,
 ) -> None:
     changes = {"layers": layers, "resize": 64, "crop": 64, "ratio": ratio, "heads": 3}
+    changes |= {"batchnorm": batchnorm}
     changes |= {"neighbourhood": neighbourhood, "adaptor_channels": 4, "hidden_channels": 3}
     model = SimpleNet(preset("fast", **{**TINY, **changes}), random_weights).eval()
     for seed, part in enumerate([*model.heads, model.standardise]):
