@@ -238,8 +238,9 @@ layer2, layer3 = outputs["layer2"].contiguous(), outputs["layer3"].contiguous()
 # %% [markdown]
 # ### The first way
 #
-# Average each layer on its own grid, interpolate layer3 up, join along the channels. These are the
-# lines of `FrozenFeatures` that you skipped over in chapter 2.
+# Average each layer on its own grid, interpolate layer3 up, join along the channels. `FrozenFeatures`
+# of chapter 2 does the same in another order: it joins first and then averages, for layer3 over a
+# smaller part of the image.
 
 
 # %%
@@ -362,17 +363,19 @@ print("layer3's channel 100 lights up:", lit.flatten(1).any(dim=1).nonzero().fla
 # ## Check it
 #
 # The first way against SciPy: `uniform_filter` divides by nine everywhere and takes zeros outside.
-# Filter a map of ones as well, and the quotient counts only the cells inside. And against the
-# library, which does the whole way from the image.
+# Filter a map of ones as well, and the quotient counts only the cells inside. And the same average,
+# taken after joining, against the library, which does the whole way from the image.
 
 # %%
 inside = ndimage.uniform_filter(np.ones((1, 1, 32, 32)), (1, 1, 3, 3), mode="constant")
 by_scipy = ndimage.uniform_filter(layer2.double().numpy(), (1, 1, 3, 3), mode="constant") / inside
 library = FrozenFeatures("resnet50", ("layer2", "layer3"), weights, neighbourhood=3)
 assert np.abs(average[:, :512].numpy() - by_scipy).max() < 1e-4
-assert (library(images).permute(0, 3, 1, 2) - average).abs().max() < 1e-3
+joined = torch.cat([layer2, onto_grid(layer3, layer2.shape[-2:])], dim=1)
+after = average_neighbourhood(joined)
+assert (library(images).permute(0, 3, 1, 2) - after).abs().max() < 1e-3
 assert averaged.flatten().tolist() == [3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7]
-print("OK: the first way equals SciPy's filter and the library")
+print("OK: the first way equals SciPy's filter, and after joining the library")
 
 # %% [markdown]
 # The second way against a plain loop: cut out one window at a time, reshape, take the mean. Layer3

@@ -364,7 +364,6 @@ assert all(
 key = model.feature_key()
 entries = [cached_features(model.features, one, key, progress=False) for one in (nuts, laid_out)]
 assert entries[0].digests == entries[1].digests  # one entry of the cache for both
-assert entries[0].maps[0].filename == entries[1].maps[0].filename
 
 detector = Detector(model).eval()
 three = torch.stack(
