@@ -3,9 +3,8 @@
     python benchmarks/ablation.py ROOT/CATEGORY [ROOT/CATEGORY ...]
 
 Writes one JSON a run to ``results/ablation`` and skips runs that are already
-there; the unchanged preset is what ``simplenet benchmark`` measured. Test
-images pass the backbone once and are cached like training images, so a run
-costs little more than training its heads.
+there. Test images pass the backbone once and are cached like training images, so
+a run costs little more than training its heads.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +31,11 @@ from simplenet_lib.training import cached_maps, train
 from simplenet_lib.weights import find_weights
 
 OUTPUT = Path("results/ablation")
+MARGIN = 32  # pixels that count as the border
 
 #: Name of the variant, and what it changes of preset ``fast``.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "unchanged": {},
     "one head": {"heads": 1},
     "margin loss": {"loss": "margin"},
     "zeros at the border": {"border": "zeros"},
@@ -45,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half the noise": {"sigma": 0.125},
     "twice the noise": {"sigma": 0.5},
     "half the width": {"adaptor_channels": 64, "hidden_channels": 64},
+    "twice the width": {"adaptor_channels": 256, "hidden_channels": 256},
+    "half the smoothing": {"smoothing": 4.0},
 }
 #: Detectors that train no network, on the features that ``fast`` sees, or on the image itself.
 BASELINES: dict[str, Callable[[int], Any]] = {
@@ -71,7 +75,22 @@ def report(
         "category": folder.name,
         "variant": name,
         "seed": seed,
+        **border_shares([p.map for p in predictions if not p.sample.label]),
         **compare(predictions),
+    }
+
+
+def border_shares(maps: list[np.ndarray[Any, Any]]) -> dict[str, float]:
+    """How often the highest score of a normal image lies at its border, and the border's area.
+
+    The two are equal for a detector that treats the border as it treats the middle.
+    """
+    inside = np.zeros(maps[0].shape, dtype=bool)
+    inside[MARGIN:-MARGIN, MARGIN:-MARGIN] = True
+    maxima = [not inside.flat[map_.argmax()] for map_ in maps]
+    return {
+        "border_share_of_maxima": round(float(np.mean(maxima)), 3),
+        "border_share_of_area": round(float(1 - inside.mean()), 3),
     }
 
 

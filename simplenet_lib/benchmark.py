@@ -150,6 +150,7 @@ def run(
             normal.samples[index].image.name: round(float(trained.scores[index]), 3)
             for index in oddest
         },
+        "training_scores": [round(float(score), 3) for score in sorted(trained.scores[known])],
         "steps": config.steps,
         "seconds_features": round(trained.seconds_features, 2),
         "seconds_training": round(trained.seconds_training, 2),

@@ -230,6 +230,7 @@ PRESETS = {
         averaging=0.99,
         position_units=True,
         smoothing=8.0,
+        quantile=0.99,  # the highest of up to 100 scores; of more, the first 1% may be odd photos
     ),
     "paper": Config(
         preset="paper",

@@ -150,17 +150,8 @@ class FrozenFeatures(nn.Module):
 
     def join(self, outputs: list[Tensor]) -> Tensor:
         """Join the layers' outputs to features (N, h, w, C), channels last."""
-        return self.around(torch.cat(self.on_one_grid(outputs), dim=1)).permute(0, 2, 3, 1)
-
-    def around(self, maps: Tensor) -> Tensor:
-        """Average maps (N, _, h, w) over the neighbourhood of every position."""
-        side = self.neighbourhood
-        if side == 1:
-            return maps
-        # As F.avg_pool2d without what lies outside of the map, in a quarter of its time.
-        ones = maps.new_ones(maps.shape[1], 1, side, side)
-        counts = F.conv2d(torch.ones_like(maps[:1, :1]), ones[:1], padding=side // 2)
-        return F.conv2d(maps, ones, padding=side // 2, groups=len(ones)) / counts
+        joined = torch.cat(self.on_one_grid(outputs), dim=1)
+        return around(joined, self.neighbourhood).permute(0, 2, 3, 1)
 
     def outputs(self, images: Tensor) -> list[Tensor]:
         """The layers' outputs, each on its own grid, (N, C_l, h_l, w_l)."""
@@ -179,6 +170,16 @@ class FrozenFeatures(nn.Module):
                 features = F.interpolate(features, size, mode="bilinear", align_corners=False)
             maps.append(features)
         return maps
+
+
+def around(maps: Tensor, side: int) -> Tensor:
+    """Average maps (N, _, h, w) over a square of ``side`` positions around every position."""
+    if side == 1:
+        return maps
+    # As F.avg_pool2d without what lies outside of the map, in a quarter of its time.
+    ones = maps.new_ones(maps.shape[1], 1, side, side)
+    counts = F.conv2d(torch.ones_like(maps[:1, :1]), ones[:1], padding=side // 2)
+    return F.conv2d(maps, ones, padding=side // 2, groups=len(ones)) / counts
 
 
 class Standardise(nn.Module):
@@ -212,8 +213,8 @@ class Standardise(nn.Module):
         squares = torch.zeros_like(total)
         for features in maps:
             vectors = torch.from_numpy(features.copy()).float().flatten(0, 1)
-            total += vectors.sum(dim=0)
-            squares += vectors.square().sum(dim=0)
+            total += vectors.sum(dim=0, dtype=torch.float64)
+            squares += vectors.square().sum(dim=0, dtype=torch.float64)
             count += len(vectors)
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()

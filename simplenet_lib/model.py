@@ -18,12 +18,13 @@ from simplenet_lib.adaptor import Adaptor
 from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.discriminator import Discriminator
 from simplenet_lib.drift import Drift
-from simplenet_lib.features import FrozenFeatures, Standardise
+from simplenet_lib.features import FrozenFeatures, Standardise, around
 from simplenet_lib.noise import add_noise, random_seed
 from simplenet_lib.weights import Weights, find_weights
 
 CHECKPOINT_FORMAT = "simplenet-3"
 SCALE = ("typical", "threshold")  # what normal images score
+FEATURES_FORMAT = 2  # of cached features: another number wherever they are computed otherwise
 INITIAL = 0  # stream of random numbers: the initial parameters
 
 
@@ -149,7 +150,11 @@ class SimpleNet(nn.Module):
         joined = maps[0]
         for other in maps[1:]:
             joined = joined + other
-        hidden = self.features.around(joined).permute(0, 2, 3, 1).chunk(len(self.heads), dim=-1)
+        hidden = (
+            around(joined, self.features.neighbourhood)
+            .permute(0, 2, 3, 1)
+            .chunk(len(self.heads), dim=-1)
+        )
         return torch.stack(
             [
                 -head.discriminator.score(head.discriminator.activation(values)).squeeze(-1)
@@ -197,6 +202,7 @@ class SimpleNet(nn.Module):
         config = self.config
         return json.dumps(
             [
+                FEATURES_FORMAT,
                 self.weights_digest,
                 config.layers,
                 config.neighbourhood,

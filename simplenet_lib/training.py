@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,13 @@ from types import FrameType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.dataset import ImageFiles
-from simplenet_lib.features import FeatureMaps, Standardise, cached_features
+from simplenet_lib.features import FeatureMaps, Standardise, around, cached_features
 from simplenet_lib.localization import anomaly_map, image_score, threshold
 from simplenet_lib.loss import cross_entropy_loss, margin_loss
 from simplenet_lib.model import Head, SimpleNet, check_tensors, read_checkpoint, write_checkpoint
@@ -188,39 +188,45 @@ def fit(
     _, height, width, _ = features.shape
     places = height * width
     positions = shuffled_positions(len(images) * places, config.batch_size, config.seed, done)
-    noise = torch.Generator(device)
+
+    def next_batch() -> tuple[NDArray[np.int64], Tensor]:
+        batch = next(positions).numpy()
+        image = images[batch // places]
+        rows = features.vectors(image * places + batch % places)
+        return folds[image], standardise(torch.from_numpy(rows).to(device).float())
+
+    def one_step(number: int, step: int, fold: NDArray[np.int64], vectors: Tensor) -> Tensor:
+        head, optimizer = heads[number], optimizers[number]
+        seen = torch.from_numpy(fold != number % count).to(device)
+        if not seen.any():  # a small batch of nothing but what this head leaves out
+            return torch.zeros(3)
+        noise = torch.Generator(device)
+        noise.manual_seed(random_seed(config.seed, NOISE, step, number))
+        normal, noisy = head.normal_and_noisy(vectors[seen], noise)
+        loss = (
+            margin_loss(normal, noisy, config.margin)
+            if config.loss == "margin"
+            else cross_entropy_loss(normal, noisy)
+        )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        _average(averages[number], head, config.averaging, step)
+        right = (normal > config.margin).float().mean(), (noisy < -config.margin).float().mean()
+        return torch.stack([loss.detach(), *right]).cpu()
+
     for head in heads:
         head.train()
     with (
         _ctrl_c() as stopped,
+        _a_thread_each(len(heads)) as threads,
         tqdm(total=config.steps, initial=done, desc="train", disable=not progress) as bar,
     ):
+        coming = next_batch()
         for step in range(done, config.steps):
-            batch = next(positions).numpy()
-            image = images[batch // places]
-            rows = features.vectors(image * places + batch % places)
-            vectors = standardise(torch.from_numpy(rows).to(device).float())
-            curve = torch.zeros(3)
-            for number, (head, optimizer) in enumerate(zip(heads, optimizers, strict=True)):
-                seen = torch.from_numpy(folds[image] != number % count).to(device)
-                noise.manual_seed(random_seed(config.seed, NOISE, step, number))
-                normal, noisy = head.normal_and_noisy(vectors[seen], noise)
-                loss = (
-                    margin_loss(normal, noisy, config.margin)
-                    if config.loss == "margin"
-                    else cross_entropy_loss(normal, noisy)
-                )
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                _average(averages[number], head, config.averaging, step)
-                curve += torch.stack(
-                    [
-                        loss.detach(),
-                        (normal > config.margin).float().mean(),
-                        (noisy < -config.margin).float().mean(),
-                    ]
-                ).cpu()
+            jobs = [threads.submit(one_step, k, step, *coming) for k in range(len(heads))]
+            coming = next_batch()
+            curve = torch.stack([job.result() for job in jobs]).sum(dim=0)
             curves[step] = curve / len(heads)
             if not torch.isfinite(curves[step, 0]):
                 raise SimpleNetError(
@@ -267,6 +273,22 @@ def _average(averages: list[Tensor], head: Head, decay: float, step: int) -> Non
 
 
 @contextmanager
+def _a_thread_each(heads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which PyTorch computes on one core each; a single head has all cores.
+
+    The heads share nothing, so a core for each is faster than all cores for one after
+    the other. And the results no longer depend on the number of cores.
+    """
+    cores = torch.get_num_threads()
+    torch.set_num_threads(cores if heads == 1 else 1)
+    try:
+        with ThreadPoolExecutor(min(heads, cores)) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(cores)
+
+
+@contextmanager
 def _ctrl_c() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, so that the running step can finish."""
     stopped = threading.Event()
@@ -307,7 +329,7 @@ def _keep(
     identity: dict[str, str],
 ) -> None:
     """Write everything the next step depends on; randomness depends on the step alone."""
-    tensors = _state(heads, averages, curves)
+    tensors = _state(heads, averages, curves[:step])
     for number, optimizer in enumerate(optimizers):
         for place, moments in optimizer.state_dict()["state"].items():
             for moment, tensor in moments.items():
@@ -324,12 +346,6 @@ def _resume(
     identity: dict[str, str],
 ) -> int:
     """Restore what :func:`_keep` wrote and return the number of steps done."""
-    state = _state(heads, averages, curves)
-    expected = dict(state)
-    for number, head in enumerate(heads):
-        for place, parameter in enumerate(head.parameters()):
-            like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-            expected |= {f"optimizers.{number}.{place}.{name}": like[name] for name in like}
     try:
         tensors, metadata = read_checkpoint(path)
         step = metadata.pop("step", "")
@@ -337,9 +353,15 @@ def _resume(
             raise SimpleNetError(
                 f"{path}: belongs to a training with another configuration, weights or images."
             )
-        check_tensors(tensors, expected, path)
         if not re.fullmatch("[0-9]{1,10}", step) or not 0 < int(step) <= len(curves):
             raise SimpleNetError(f"{path}: '{step[:20]}' is no step of this training.")
+        state = _state(heads, averages, curves[: int(step)])
+        expected = dict(state)
+        for number, head in enumerate(heads):
+            for place, parameter in enumerate(head.parameters()):
+                like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                expected |= {f"optimizers.{number}.{place}.{name}": like[name] for name in like}
+        check_tensors(tensors, expected, path)
     except SimpleNetError as error:
         raise SimpleNetError(
             f"{error} Remove it to start anew, or choose another output folder."
@@ -436,9 +458,9 @@ def cached_maps(model: SimpleNet, features: FeatureMaps, images: Iterable[int]) 
     return model.in_units(torch.cat(maps)).cpu()
 
 
-def around(maps: Tensor, side: int) -> Tensor:
-    """Mean over ``side`` x ``side`` positions around each, of maps (N, h, w)."""
-    return F.avg_pool2d(maps, side, stride=1, padding=side // 2, count_include_pad=False)
+def without_each(values: Tensor) -> Tensor:
+    """For each of n values, (n, ...), the mean of all the others."""
+    return (values.sum(dim=0, keepdim=True) - values) / (len(values) - 1)
 
 
 @torch.inference_mode()
@@ -456,9 +478,12 @@ def calibrate(
     each of n others in the very heads that have not seen that one calls at most
     2 / (n + 1) + (1 - F / n) / (F + 1) of normal ones anomalous, with F folds (Barber et
     al., theorem 4), and about 1 / (n + 1) in practice. The rule here, one mean of all
-    heads and one shift, is simpler and has no such proof. Level and scale of the positions
-    come from the photos that then set the threshold, which makes it too low where photos
-    are few. The README says how many false alarms were measured.
+    heads and one shift, is simpler and has no such proof. The README says how many false
+    alarms were measured.
+
+    The level and scale of a position come from the same photos. Measured on a photo itself
+    they would make it look more normal than a new one: so each photo's score is taken with
+    the level and scale of all the others.
 
     Parameters
     ----------
@@ -489,34 +514,40 @@ def calibrate(
         scores = torch.stack([own[image] for image in np.flatnonzero(folds == fold).tolist()])
         model.centre[group] = scores.mean(dim=(0, 2, 3))
         model.spread[group] = scores.std(dim=(0, 2, 3)).clamp_min(1e-6)
+    # A mean of more heads is steadier: every photo is scored by equally many.
+    size = len(model.heads) // count
+    groups = [group[:size] for group in groups]
 
     def mean_of(maps: Tensor, heads: list[int]) -> Tensor:
         centre, spread = model.centre[heads, None, None], model.spread[heads, None, None]
         return ((maps - centre) / spread).mean(dim=0, keepdim=True)
 
-    means = [mean_of(own[image], groups[folds[image]]) for image in fresh]
+    means = torch.cat([mean_of(own[image][:size], groups[folds[image]]) for image in fresh])
     level, scale = model.level, model.scale
+    levels, scales = level.expand_as(means), scale.expand_as(means)
     # Of few images level and scale would fit themselves: none of these could score high.
     if config.position_units and len(fresh) >= POSITION_IMAGES:
-        level.copy_(around(torch.cat(means).mean(dim=0, keepdim=True), 3)[0])
-        deviations = [around(scores - level, 3).clamp_min(0).pow(4) for scores in means]
+        levels = around(without_each(means)[:, None], 3)[:, 0]
         # Fourth powers: what counts are the highest scores, which become false alarms.
-        mean = around(torch.cat(deviations).mean(dim=0, keepdim=True), 5)[0]
-        scale.copy_(mean.pow(0.25).clamp_min(1e-6))
+        powers = around(around((means - levels)[:, None], 3).clamp_min(0).pow(4), 5)[:, 0]
+        scales = without_each(powers).pow(0.25).clamp_min(1e-6)
+        level.copy_(around(means.mean(dim=0)[None, None], 3)[0, 0])
+        scale.copy_(powers.mean(dim=0).pow(0.25).clamp_min(1e-6))
 
-    def image_score_of(scores: Tensor) -> float:
-        maps = anomaly_map((scores - level) / scale, config.seen, config.smoothing)
-        return image_score(maps).item()
+    def image_score_of(scores: Tensor, number: int) -> float:
+        units = (scores - levels[number]) / scales[number]
+        return image_score(anomaly_map(units, config.seen, config.smoothing)).item()
 
-    values = np.array([image_score_of(scores) for scores in means])
+    values = np.array([image_score_of(means[[number]], number) for number in range(len(fresh))])
     if count > 1:
         every = list(range(len(model.heads)))
         shifts = []
-        for image in fresh[:: math.ceil(len(fresh) / SHIFT_IMAGES)]:
-            maps = score_maps(model, features, image, every)
-            seen = groups[(folds[image] + 1) % count]
+        for number in range(0, len(fresh), math.ceil(len(fresh) / SHIFT_IMAGES)):
+            maps = score_maps(model, features, fresh[number], every)
+            seen = groups[(folds[fresh[number]] + 1) % count]
             shifts.append(
-                image_score_of(mean_of(maps, every)) - image_score_of(mean_of(maps[seen], seen))
+                image_score_of(mean_of(maps, every), number)
+                - image_score_of(mean_of(maps[seen], seen), number)
             )
         values += float(np.median(shifts))
     model.typical = float(np.median(values))
