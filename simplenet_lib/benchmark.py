@@ -150,7 +150,7 @@ def datasets(
             split.samples[:] = [s for s in split.samples if s.image not in checked.damaged]
         if not normal.samples:
             raise SimpleNetError(f"{data}: no normal images are left to train on.")
-    for note in checked.notes:
+    for note in checked.notes + ([test.mask_note] if test and test.mask_note else []):
         say(note)
     config = replace(config, white=checked.white or config.white)
     if config.ratio == 0:
@@ -222,8 +222,6 @@ def run(
     keep(Run(trained, None, report))
     if test is None or not can_be_evaluated(test):
         return Run(trained, None, report)
-    for fault in test.mask_faults[:1]:
-        say(f"{fault} Pixel metrics are left out, for {len(test.mask_faults)} masks do not fit.")
     start = time.perf_counter()
     predictions = list(predict(trained.model, test, progress=progress))
     report["seconds_evaluation"] = round(time.perf_counter() - start, 2)

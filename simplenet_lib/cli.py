@@ -39,7 +39,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="Folder of good photos, or with folders OK and NG, or in the MVTec AD layout:"
-        " train/good, test/good, test/DEFECT; or a folder of several such. Without it, the synthetic data set in data/synthetic, drawn if it is not there.",
+        " train/good, test/good, test/DEFECT; or a folder of several such. Without it, the"
+        " synthetic data set in data/synthetic, drawn if it is not there.",
     ),
 ]
 Category = Annotated[
@@ -188,8 +189,10 @@ def train(
     def keep(run: Run) -> None:
         run.trained.model.save(written[0])
         write_whole(written[1], _as_json(run.report))
+        say(f"Trained: {written[0]}")
 
-    done = _run(data, category, config, weights, device, state, keep, skip_damaged)
+    say = _say_of(category or data.resolve().name)
+    done = _run(data, category, config, weights, device, state, keep, say, skip_damaged)
     if done.predictions is not None:
         write_whole(written[1], _as_json(done.report))
         written.append(output / "examples.png")
@@ -275,6 +278,7 @@ def _run(
     device: str,
     state: Path,
     keep: Callable[[Run], None] = lambda run: None,
+    say: Callable[[str], None] = lambda sentence: None,
     skip_damaged: bool = False,
 ) -> Run:
     """Train, and evaluate if there is a test split; what is learned is kept in ``state``."""
@@ -289,7 +293,7 @@ def _run(
             device=_device(device),
             checkpoint=state,
             skip_damaged=skip_damaged,
-            say=_say_of(category or data.resolve().name),
+            say=say,
             keep=keep,
         )
     except KeyboardInterrupt:
@@ -323,7 +327,7 @@ def evaluate(
     net = _load(model, weights, device)
     transform = make_transform(net.config.size, net.config.seen)
     test = AnomalyDataset(data, category, "test", transform, net.config.white)
-    for sentence in (test.found.summary(), *test.mask_faults[:1]):
+    for sentence in filter(None, (test.found.summary(), test.mask_note)):
         _say_of(category)(sentence)
     _, predictions = evaluate_model(net, test)
     _print_metrics(compare(predictions))

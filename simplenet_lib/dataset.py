@@ -54,6 +54,7 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+SUFFIXES |= {".jif", ".mpo"}
 TURNED = (5, 6, 7, 8)  # EXIF orientations of a camera held upright
 
 #: What systems and programs put beside photos, in lower case; and all that starts with a dot.
@@ -234,9 +235,12 @@ def photos(folder: Path, passed: Counter[str] | None = None) -> list[Sample]:
         names = {part.lower() for part in image.relative_to(folder).parent.parts}
         odd = names & (TRAIN | TEST | MASKS) or "bad" in map(kind_of, names)
         if odd or _is_beside(image, every):
+            above = [here for here in image.parents if here.is_relative_to(folder)]
+            better = next((here.parent for here in above[1:] if is_category(here)), None)
+            hint = f"Name {better} as the data." if better else LAYOUTS
             raise SimpleNetError(
                 f"{folder}: not photos of good parts alone, for it holds"
-                f" {image.relative_to(folder)}. {LAYOUTS}"
+                f" {image.relative_to(folder)}. {hint}"
             )
     return [Sample(image, "good") for image in images]
 
@@ -334,7 +338,7 @@ def find_samples(folder: Path) -> Found:
         (masks if place.is_mask or _is_beside(image, every) else places).append(place)
     laid_out = any(path.name.lower() in TRAIN | TEST for path in _folders(folder))
     if laid_out:
-        _by_split(places, folder, found)
+        _by_split(places, found)
     else:
         _by_kind(places, found)
     if not found.train:
@@ -351,7 +355,7 @@ def _seen(places: Sequence[_Place], found: Found) -> str:
     return f"Found {', '.join(seen) or 'nothing'}. {LAYOUTS}"
 
 
-def _by_split(places: Sequence[_Place], folder: Path, found: Found) -> None:
+def _by_split(places: Sequence[_Place], found: Found) -> None:
     """Sort images that lie in train and test."""
     kinds = {place: {kind_of(part) for part in place.parts} for place in places}
     sure = any("good" in kinds[place] for place in places if place.split == "train")
@@ -372,8 +376,8 @@ def _by_split(places: Sequence[_Place], folder: Path, found: Found) -> None:
         elif place.split == "test":
             found.passed["directly in test, where no folder says which kind"] += 1
         else:
-            place_of = place.image.relative_to(folder).parts[:-1]
-            found.passed[f"in {place_of[0]}, not used" if place_of else "beside train"] += 1
+            where = place.split or place.kind
+            found.passed[f"in {where}, not used" if where else "beside the folders"] += 1
 
 
 def _by_kind(places: Sequence[_Place], found: Found) -> None:
@@ -437,6 +441,10 @@ def _match(masks: Sequence[_Place], folder: Path, found: Found) -> None:
 
 
 # Pixels
+
+
+class MaskSizeError(SimpleNetError):
+    """A mask has another size than its image."""
 
 
 def read_file(path: Path) -> bytes:
@@ -533,7 +541,7 @@ def read_mask(path: Path) -> Image.Image:
     if path.is_dir():
         several = [read_mask(file) for file in image_files(path)]
         if len({mask.size for mask in several}) > 1:
-            raise SimpleNetError(f"{path}: its masks differ in size.")
+            raise MaskSizeError(f"{path}: its masks differ in size.")
         return Image.fromarray(np.maximum.reduce([np.asarray(mask) for mask in several]))
     image = _open(path)
     values = _mask_values(image)
@@ -841,8 +849,8 @@ class AnomalyDataset(ImageFiles):
     ----------
     found : Found
         What the category's folder holds.
-    mask_faults : list of str
-        A sentence on every mask that does not fit its image, and is left out.
+    mask_note : str
+        A sentence if masks have another size than their images: they are left out.
     has_masks : bool
         Whether every defect image has a mask; pixel metrics need it.
 
@@ -863,35 +871,37 @@ class AnomalyDataset(ImageFiles):
     ) -> None:
         folder = _category_folder(root, category)
         self.found = find_samples(folder)
-        self.mask_faults: list[str] = []
+        misfits: list[str] = []
         samples = self.found.train
         if split == "test":
-            samples = [self._fitting(sample) for sample in self.found.test]
+            samples = [_fitting(sample, misfits) for sample in self.found.test]
             if not samples:
                 raise SimpleNetError(f"{folder}: no images to test with. {self.found.summary()}")
         super().__init__(samples, transform, white)
         defects = [sample for sample in samples if sample.label]
         self.has_masks = bool(defects) and all(sample.mask for sample in defects)
+        self.mask_note = ""
+        if misfits:
+            self.mask_note = (
+                f"{misfits[0]} Pixel metrics are left out: {len(misfits)} of {len(defects)} masks"
+                " do not fit."
+            )
 
-    def _fitting(self, sample: Sample) -> Sample:
-        """The sample without its mask if that has another size: images can still be judged."""
-        if sample.mask is None:
-            return sample
-        masks = image_files(sample.mask) if sample.mask.is_dir() else [sample.mask]
-        try:
-            if {_header(mask) for mask in masks} == {_header(sample.image)}:
-                return sample
-            _read(sample)
-        except MaskSizeError as error:
-            self.mask_faults.append(str(error))
-            return replace(sample, mask=None)
-        except SimpleNetError:
-            pass  # damaged: named when it is read
+
+def _fitting(sample: Sample, misfits: list[str]) -> Sample:
+    """The sample without its mask if that has another size: images can still be judged."""
+    if sample.mask is None:
         return sample
-
-
-class MaskSizeError(SimpleNetError):
-    """A mask has another size than its image."""
+    masks = image_files(sample.mask) if sample.mask.is_dir() else [sample.mask]
+    try:
+        if {_header(mask) for mask in masks} != {_header(sample.image)}:
+            _read(sample)
+    except MaskSizeError as error:
+        misfits.append(str(error))
+        return replace(sample, mask=None)
+    except SimpleNetError:
+        pass  # damaged: named when it is read
+    return sample
 
 
 def _read(
