@@ -6,7 +6,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,16 @@ import torchvision
 
 from simplenet_lib import __version__
 from simplenet_lib.config import Config, SimpleNetError
-from simplenet_lib.dataset import AnomalyDataset, ImageFiles, make_transform, photos, shape_of
-from simplenet_lib.localization import Prediction, metrics_of, predict
+from simplenet_lib.dataset import (
+    AnomalyDataset,
+    Found,
+    ImageFiles,
+    check,
+    make_transform,
+    photos,
+    shape_of,
+)
+from simplenet_lib.localization import Prediction, mask_note, metrics_of, predict
 from simplenet_lib.metrics import auroc_deviation, pixel_deviations
 from simplenet_lib.training import Trained, train
 
@@ -75,37 +84,80 @@ class Run:
 
 
 def datasets(
-    data: Path, category: str | None, config: Config
+    data: Path,
+    category: str | None,
+    config: Config,
+    *,
+    skip_damaged: bool = False,
+    say: Callable[[str], None] = lambda sentence: None,
+    progress: bool = False,
 ) -> tuple[ImageFiles, AnomalyDataset | None, Config]:
     """The normal images, the test images if there are some, and the configuration for them.
 
     The photos keep their shape: where ``config.ratio`` is 0, the median of theirs takes
-    its place.
+    its place. So does white in photos of more than 8 bits, where ``config.white`` is 0.
+    Every file is read once, so that a damaged one is found now and not after a training.
 
     Parameters
     ----------
     data : Path
-        A folder of categories in the MVTec AD layout, or of good photos alone.
+        A folder of categories, or of good photos alone.
     category : str or None
         The category; None for a folder of photos.
     config : Config
         The configuration.
+    skip_damaged : bool
+        Leave out the files that cannot be read.
+    say : callable
+        Receives a sentence on everything a user should know of what was found.
+    progress : bool
+        Show a progress bar on stderr if it takes long.
+
+    Raises
+    ------
+    SimpleNetError
+        See :func:`simplenet_lib.dataset.find_samples`; or if files are damaged: it names
+        all of them.
     """
     transform = make_transform(config.size, config.seen)
     normal: ImageFiles
     test = None
     if category is None:
-        normal = ImageFiles(photos(data), transform)
+        passed: Counter[str] = Counter()
+        normal = ImageFiles(photos(data, passed), transform)
+        say(Found(normal.samples, [], passed).summary())
     else:
-        normal = AnomalyDataset(data, category, "train", transform)
+        train_split = AnomalyDataset(data, category, "train", transform)
+        normal = train_split
+        say(train_split.found.summary())
         # Read before training: a fault in the test folder should not cost the user a training.
-        if (data / category / "test").is_dir():
+        if train_split.found.test:
             test = AnomalyDataset(data, category, "test", transform)
+    splits = [normal] if test is None else [normal, test]
+    checked = check(
+        [sample for split in splits for sample in split.samples], config.white, progress=progress
+    )
+    if checked.damaged:
+        reasons = " ".join(checked.damaged.values())
+        count = len(checked.damaged)
+        if not skip_damaged:
+            several = f"{count} files cannot be read: " if count > 1 else ""
+            raise SimpleNetError(
+                f"{several}{reasons} Mend or remove them, or train without them: --skip-damaged."
+            )
+        say(f"{count} damaged files are left out: {reasons}")
+        for split in splits:
+            split.samples[:] = [s for s in split.samples if s.image not in checked.damaged]
+        if not normal.samples:
+            raise SimpleNetError(f"{data}: no normal images are left to train on.")
+    for note in checked.notes + ([test.mask_note] if test and test.mask_note else []):
+        say(note)
+    config = replace(config, white=checked.white or config.white)
     if config.ratio == 0:
         config = replace(config, ratio=round(shape_of(normal.samples), 3))
-    for split in (normal, test):
-        if split is not None:
-            split.transform = make_transform(config.size, config.seen)
+    for split in splits:
+        split.transform = make_transform(config.size, config.seen)
+        split.white = config.white
     return normal, test, config
 
 
@@ -122,18 +174,25 @@ def run(
     weights: Path | None = None,
     device: str = "cpu",
     checkpoint: Path | None = None,
+    skip_damaged: bool = False,
+    say: Callable[[str], None] = lambda sentence: None,
+    keep: Callable[[Run], None] = lambda run: None,
     progress: bool = True,
 ) -> Run:
     """Train on a category, and evaluate if it has test images with and without a defect.
 
     Parameters
     ----------
-    data, category, config
+    data, category, config, skip_damaged, say
         See :func:`datasets`.
+    keep : callable
+        Receives the run once it is trained, before anything can go wrong in its evaluation.
     weights, device, checkpoint, progress
         See :func:`simplenet_lib.training.train`.
     """
-    normal, test, config = datasets(data, category, config)
+    normal, test, config = datasets(
+        data, category, config, skip_damaged=skip_damaged, say=say, progress=progress
+    )
     trained = train(
         normal, config, weights=weights, device=device, checkpoint=checkpoint, progress=progress
     )
@@ -146,10 +205,13 @@ def run(
         "seed": config.seed,
         "train_images": len(normal),
         "scored_unseen": len(known),
-        "oddest_training_images": {
-            normal.samples[index].image.name: round(float(trained.scores[index]), 3)
-            for index in oddest
-        },
+        "oddest_training_images": dict(
+            zip(
+                short_names([normal.samples[index].image for index in oddest]),
+                [round(float(trained.scores[index]), 3) for index in oddest],
+                strict=True,
+            )
+        ),
         "training_scores": [round(float(score), 3) for score in sorted(trained.scores[known])],
         "steps": config.steps,
         "seconds_features": round(trained.seconds_features, 2),
@@ -158,6 +220,7 @@ def run(
         "versions": versions(),
         "hardware": hardware(device),
     }
+    keep(Run(trained, None, report))
     if test is None or not can_be_evaluated(test):
         return Run(trained, None, report)
     start = time.perf_counter()
@@ -178,7 +241,8 @@ def compare(predictions: Sequence[Prediction]) -> dict[str, Any]:
         The metrics of :func:`simplenet_lib.localization.metrics_of`;
         ``deviation_over_images``: of image AUROC by Hanley and McNeil's formula, of the
         pixel metrics by a bootstrap; ``false_alarm_rate`` and ``detection_rate`` at the
-        threshold; ``scores`` by defect type and file name.
+        threshold; ``scores`` by defect type and file name; ``mask_note`` if the masks
+        are such that pixel metrics would mislead: see :func:`mask_note`.
     """
     metrics = metrics_of(predictions)
     labels = np.array([prediction.sample.label for prediction in predictions])
@@ -191,15 +255,37 @@ def compare(predictions: Sequence[Prediction]) -> dict[str, Any]:
     if "aupro" in metrics:
         deviations |= pixel_deviations([p.mask for p in predictions], [p.map for p in predictions])
     scores: dict[str, dict[str, float]] = {}
-    for prediction in predictions:
-        sample = prediction.sample
-        scores.setdefault(sample.defect, {})[sample.image.stem] = round(prediction.score, 4)
-    return metrics | {
-        "deviation_over_images": {name: round(value, 5) for name, value in deviations.items()},
-        "false_alarm_rate": float(verdicts[labels == 0].mean()),
-        "detection_rate": float(verdicts[labels == 1].mean()),
-        "scores": scores,
-    }
+    for kind in dict.fromkeys(prediction.sample.defect for prediction in predictions):
+        of_kind = [p for p in predictions if p.sample.defect == kind]
+        stems = [p.sample.image.with_suffix("") for p in of_kind]
+        unique = len(set(stems)) == len(stems)
+        names = short_names(stems if unique else [p.sample.image for p in of_kind])
+        scores[kind] = {name: round(p.score, 4) for name, p in zip(names, of_kind, strict=True)}
+    note = mask_note(predictions)
+    return (
+        metrics
+        | ({"mask_note": note} if note else {})
+        | {
+            "deviation_over_images": {name: round(value, 5) for name, value in deviations.items()},
+            "false_alarm_rate": float(verdicts[labels == 0].mean()),
+            "detection_rate": float(verdicts[labels == 1].mean()),
+            "scores": scores,
+        }
+    )
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The name of each path, with as many of its folders as set it apart from the others."""
+    names = []
+    for path in paths:
+        parts = 1
+        alike = [other.parts for other in paths if other.name == path.name and other != path]
+        while parts < len(path.parts) and any(
+            other[-parts:] == path.parts[-parts:] for other in alike
+        ):
+            parts += 1
+        names.append("/".join(path.parts[-parts:]))
+    return names
 
 
 def versions() -> dict[str, str]:
@@ -269,7 +355,8 @@ def is_done(path: Path, dataset: str, category: str, config: Config) -> bool:
         return False
     run = read_run(path)
     wanted = [dataset, category, json.loads(config.to_json())]
-    if [run.get("dataset"), run.get("category"), run.get("config")] != wanted:
+    config_found = {"white": 0.0, **run.get("config", {})}  # runs before there was a white
+    if [run.get("dataset"), run.get("category"), config_found] != wanted:
         raise SimpleNetError(
             f"{path}: a run of another data set or configuration. Move it away, or choose"
             " another output folder."

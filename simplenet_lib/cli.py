@@ -8,6 +8,9 @@ import json
 import os
 import sys
 import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,8 +38,9 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        help="Folder that holds CATEGORY/train/good, the MVTec AD layout, or good photos alone."
-        " Without it, the synthetic data set in data/synthetic, drawn if it is not there.",
+        help="Folder of good photos, or with folders OK and NG, or in the MVTec AD layout:"
+        " train/good, test/good, test/DEFECT; or a folder of several such. Without it, the"
+        " synthetic data set in data/synthetic, drawn if it is not there.",
     ),
 ]
 Category = Annotated[
@@ -54,6 +58,26 @@ Weights = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, or auto: a GPU if PyTorch finds one.")
 ]
+
+
+def _max_pixels(count: int | None) -> int | None:
+    """Pillow refuses twice its limit: a small file could declare an image that fills memory."""
+    if count is not None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = -(-count // 2)
+    return count
+
+
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        min=1,
+        callback=_max_pixels,
+        help="Read images of up to so many pixels, such as large scans; 178,956,970 by default.",
+    ),
+]
 ModelPath = Annotated[
     Path, typer.Argument(help="A model.safetensors, or the folder that `train` wrote it to.")
 ]
@@ -69,6 +93,12 @@ def main() -> None:
     # Threads that wait for others sleep. They would spin by default, and take the cores from
     # those that they wait for as soon as another program is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Pillow warns at half of what it refuses.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+    # A name on the disk may be no text; printing it should not end the command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (SimpleNetError, OSError) as error:
@@ -125,17 +155,28 @@ def train(
             " layers=layer1,layer2; may be repeated. `simplenet info` lists the names.",
         ),
     ] = None,
+    white: Annotated[
+        float,
+        typer.Option(
+            help="The value that is white in photos of more than 8 bits, such as 4095; 0: found"
+            " from their highest value.",
+        ),
+    ] = 0,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Train without the files that cannot be read.")
+    ] = False,
+    max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
     """Train a detector on good photos; with test images, evaluate it on these.
 
-    DATA is a folder of good photos and nothing else, or holds CATEGORY/train/good
-    and CATEGORY/test, the MVTec AD layout. Leaves model.safetensors and
+    DATA is a folder of good photos and nothing else, or says by the names of its
+    folders which are good: OK and NG, or train/good and test. Leaves model.safetensors and
     metrics.json in OUTPUT, and examples.png if there are test images. Ctrl-C
     keeps what was learned: the same command goes on from there.
     """
-    config = _changed(preset_named(preset, seed=seed), changes or [])
+    config = _changed(preset_named(preset, seed=seed, white=white), changes or [])
     data, category = _find_data(data, category)
     output = output or Path("runs") / f"{category or data.resolve().name}-{preset}-{config.seed}"
     _check_writable(output)
@@ -143,14 +184,19 @@ def train(
     from simplenet_lib.model import write_whole
 
     state = output / "training.safetensors"
-    done = _run(data, category, config, weights, device, state)
-    model = done.trained.model
     written = [output / "model.safetensors", output / "metrics.json"]
-    model.save(written[0])
-    write_whole(written[1], _as_json(done.report))
+
+    def keep(run: Run) -> None:
+        run.trained.model.save(written[0])
+        write_whole(written[1], _as_json(run.report))
+        say(f"Trained: {written[0]}")
+
+    say = _say_of(category or data.resolve().name)
+    done = _run(data, category, config, weights, device, state, keep, say, skip_damaged)
     if done.predictions is not None:
+        write_whole(written[1], _as_json(done.report))
         written.append(output / "examples.png")
-        _write_examples(written[-1], model, done.predictions)
+        _write_examples(written[-1], done.trained.model, done.predictions)
         _print_metrics(done.report)
     else:
         print("No test images with and without a defect: nothing to evaluate.")
@@ -179,6 +225,7 @@ def benchmark(
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0,1,2",
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
     output: Annotated[Path, typer.Option(help="Folder for one JSON a run.")] = Path("results"),
+    max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
@@ -188,6 +235,7 @@ def benchmark(
     after Ctrl-C. The last step is what counts: test images choose nothing.
     """
     from simplenet_lib.benchmark import can_be_evaluated, datasets, is_done, read_runs, table
+    from simplenet_lib.dataset import LAYOUTS
     from simplenet_lib.dataset import categories as categories_in
     from simplenet_lib.model import write_whole
 
@@ -195,7 +243,7 @@ def benchmark(
         raise SimpleNetError(f"{data}: no such folder.")
     names = categories.split(",") if categories else categories_in(data)
     if not names:
-        raise SimpleNetError(f"{data}: no CATEGORY/train/good inside, not the MVTec AD layout.")
+        raise SimpleNetError(f"{data}: holds no category. {LAYOUTS}")
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
@@ -204,7 +252,7 @@ def benchmark(
     missing = []
     for name in names:
         # A folder that cannot be read is found now, not after hours.
-        _, test, config = datasets(data, name, preset_named(preset))
+        _, test, config = datasets(data, name, preset_named(preset), say=_say_of(name))
         if not can_be_evaluated(test):
             raise SimpleNetError(f"{data / name}: no test images with and without a defect.")
         for number in numbers:
@@ -229,13 +277,24 @@ def _run(
     weights: Path | None,
     device: str,
     state: Path,
+    keep: Callable[[Run], None] = lambda run: None,
+    say: Callable[[str], None] = lambda sentence: None,
+    skip_damaged: bool = False,
 ) -> Run:
     """Train, and evaluate if there is a test split; what is learned is kept in ``state``."""
     from simplenet_lib.benchmark import run
 
     try:
         return run(
-            data, category, config, weights=weights, device=_device(device), checkpoint=state
+            data,
+            category,
+            config,
+            weights=weights,
+            device=_device(device),
+            checkpoint=state,
+            skip_damaged=skip_damaged,
+            say=say,
+            keep=keep,
         )
     except KeyboardInterrupt:
         kept = " Run the same command to go on from there." if state.is_file() else ""
@@ -243,11 +302,17 @@ def _run(
         raise typer.Exit(130) from None
 
 
+def _say_of(name: str) -> Callable[[str], None]:
+    """Print what was found in a category."""
+    return lambda sentence: print(f"{name}: {sentence}", flush=True)
+
+
 @app.command()
 def evaluate(
     model: ModelPath,
     data: Data = None,
     category: Category = None,
+    max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
@@ -261,7 +326,9 @@ def evaluate(
 
     net = _load(model, weights, device)
     transform = make_transform(net.config.size, net.config.seen)
-    test = AnomalyDataset(data, category, "test", transform)
+    test = AnomalyDataset(data, category, "test", transform, net.config.white)
+    for sentence in filter(None, (test.found.summary(), test.mask_note)):
+        _say_of(category)(sentence)
     _, predictions = evaluate_model(net, test)
     _print_metrics(compare(predictions))
 
@@ -275,6 +342,7 @@ def predict(
     output: Annotated[
         Path, typer.Option(help="Folder for predictions.csv and the overlays.")
     ] = Path("predictions"),
+    max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
@@ -299,7 +367,7 @@ def predict(
 
     net = _load(model, weights, device)
     transform = make_transform(net.config.size, net.config.seen)
-    dataset = ImageFiles([Sample(path, "good") for path in found], transform)
+    dataset = ImageFiles([Sample(path, "good") for path in found], transform, net.config.white)
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(["image", "score", "verdict", "unfamiliar", "overlay"])
@@ -311,7 +379,8 @@ def predict(
             for prediction in predict_images(net, dataset):
                 path = prediction.sample.image
                 name = Path("overlays") / found[path]
-                picture = overlay(read_image(path), prediction.map, net.config)
+                image = read_image(path, white=net.config.white)
+                picture = overlay(image, prediction.map, net.config)
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 picture.save(staged / name)
                 verdict = "anomalous" if prediction.anomalous else "normal"
@@ -394,15 +463,17 @@ def _find_data(data: Path | None, category: str | None) -> tuple[Path, str | Non
         return generate(SYNTHETIC), category
     if not data.is_dir():
         raise SimpleNetError(f"{data}: no such folder.")
-    if category is None:
-        from simplenet_lib.dataset import categories, image_files
+    from simplenet_lib.dataset import categories, is_category
 
+    here = data if data.name not in ("", "..") else data.resolve()
+    if is_category(data) and category in (None, here.name):
+        return here.parent, here.name
+    if category is None:
         found = categories(data)
-        if not found and image_files(data):
+        if not found:
             return data, None
-        if len(found) != 1:
-            names = ", ".join(found) or "none and no photos, so it is not in the MVTec AD layout"
-            raise SimpleNetError(f"{data}: name a --category. Found: {names}.")
+        if len(found) > 1:
+            raise SimpleNetError(f"{data}: name a --category. Found: {', '.join(found)}.")
         category = found[0]
     return data, category
 
@@ -428,22 +499,23 @@ def _changed(config: Config, changes: list[str]) -> Config:
 
 def _find_images(paths: list[Path], output: Path) -> dict[Path, Path]:
     """Every image to predict, and the name of its overlay; an earlier output is left out."""
-    from simplenet_lib.dataset import image_files
+    from simplenet_lib.dataset import image_files, passed_over
 
     found: dict[Path, Path] = {}
+    passed: Counter[str] = Counter()
     for path in paths:
         if path.is_dir():
-            for folder, _, _ in sorted(os.walk(path)):
-                if Path(folder).resolve().is_relative_to(output.resolve()):
-                    continue
-                for image in image_files(Path(folder)):
+            for image in image_files(path, passed):
+                if not image.resolve().is_relative_to(output.resolve()):
                     found[image] = image.relative_to(path).with_suffix(".png")
         elif path.exists():
             found[path] = Path(path.stem + ".png")
         else:
             raise SimpleNetError(f"{path}: no such image or folder.")
     if not found:
-        raise SimpleNetError(f"{', '.join(map(str, paths))}: no images found.")
+        but = f", but {passed_over(passed)}" if passed else ""
+        raise SimpleNetError(f"{', '.join(map(str, paths))}: no images found{but}.")
+    print(f"Found {len(found)} images{'; ' if passed else ''}{passed_over(passed)}.", flush=True)
     taken: set[Path] = set()
     for image, name in found.items():  # a.jpg and a.png must not share one overlay
         number = 2
@@ -505,6 +577,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     for key, name in names.items():
         value = f"{metrics[key]:.3f}" if key in metrics else "no masks"
         print(f"{name:32} {value}")
+    if "mask_note" in metrics:
+        print(metrics["mask_note"])
 
 
 def _write_examples(path: Path, model: SimpleNet, predictions: list[Prediction]) -> None:

@@ -33,6 +33,10 @@ class Config:
     ratio : float
         Height over width of what the network sees; 0 for the training photos' own,
         which :func:`simplenet_lib.benchmark.datasets` fills in (a square until then).
+    white : float
+        What white is in images of more than 8 bits or of floating point; 0 for what the
+        training photos' highest value says, which
+        :func:`simplenet_lib.benchmark.datasets` fills in if there are such images.
     border : {"reflect", "zeros"}
         What a convolution of the backbone sees beyond its map.
     neighbourhood : int
@@ -82,6 +86,7 @@ class Config:
     resize: int
     crop: int
     ratio: float = 0.0
+    white: float = 0.0
     border: str = "reflect"
     neighbourhood: int
     standardise: bool
@@ -116,6 +121,7 @@ class Config:
             "resize": (32, 4096),
             "crop": (32, self.resize),
             "ratio": (0, 10),
+            "white": (0, 2**32),
             "neighbourhood": (1, 15),
             "adaptor_channels": (1, 16384),
             "hidden_channels": (1, 16384),
@@ -230,7 +236,7 @@ PRESETS = {
         averaging=0.99,
         position_units=True,
         smoothing=8.0,
-        quantile=0.99,  # the highest of up to 100 scores; of more, the first 1% may be odd photos
+        quantile=0.95,
     ),
     "paper": Config(
         preset="paper",

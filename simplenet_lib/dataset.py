@@ -1,43 +1,91 @@
-"""Chapter 1: images and masks in the MVTec AD folder layout.
+"""Chapter 1: any folder of photos as normal and defect samples with masks, and their pixels.
 
-::
+The layout is that of MVTec AD::
 
     root/category/train/good/000.png           normal images, the only ones trained on
     root/category/test/good/000.png            normal images kept for the test
     root/category/test/DEFECT/000.png          images with a defect
     root/category/ground_truth/DEFECT/000_mask.png     where the defect is
+
+or one of those that :func:`find_samples` names.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+try:  # phones' HEIC files: the optional extra `heic`
+    from pillow_heif import register_heif_opener
+except ImportError:
+    pass
+else:
+    register_heif_opener()
+
+Image.init()
+FORMATS = tuple(
+    name
+    for name in (
+        *("PNG", "JPEG", "MPO", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM"),
+        *("JPEG2000", "AVIF", "HEIF"),
+    )
+    if name in Image.OPEN
+)
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+SUFFIXES |= {".jif", ".mpo"}
 TURNED = (5, 6, 7, 8)  # EXIF orientations of a camera held upright
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+#: What systems and programs put beside photos, in lower case; and all that starts with a dot.
+SYSTEM = {
+    *("@eadir", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "__pycache__", "lost+found"),
+    *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+}
+SYSTEMS, SEEN = "hidden or the system's", "links to what is read already or to nothing"
+TRAIN, TEST = {"train", "training"}, {"test", "testing", "test_public"}
+NOT_USED = {"validation", "valid", "val", "test_private", "test_private_mixed", "xyz"}
+MASKS = {"ground_truth", "groundtruth", "gt", "masks", "mask"}
+BETWEEN = {"data", "images", "image", "imgs", "rgb"}  # folders that say nothing of their images
+GOOD = {"good", "ok", "normal"}
+BAD = {"bad", "ng", "nok", "abnormal", "anomaly", "anomalies", "anomalous", "faulty", "nogood"}
+BAD |= {"defect", "defects", "defective", "def", "notok"}
+NOT = {"no", "not", "non", "without", "free"}
+MASK_SUFFIX = re.compile(r"[ ._-](mask|gt|label|seg)$", re.IGNORECASE)
+LAYOUTS = (
+    "What can be read: a folder of good photos alone; folders OK and NG; or train/good, test/good,"
+    " test/DEFECT and, if there are masks, ground_truth/DEFECT."
+)
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image on disk: its defect type (``"good"`` if none) and its mask, if it has one."""
+    """One image on disk: its defect type (``"good"`` if none) and its mask, if it has one.
+
+    The mask is a file, or a folder of several that are merged.
+    """
 
     image: Path
     defect: str
@@ -58,13 +106,345 @@ class Item(TypedDict):
     index: int  #: position in ``dataset.samples``
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files directly inside ``folder``, hidden ones left out, sorted by name."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+# Folders
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder is hidden, or of a system's or a program's making."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def image_files(folder: Path, passed: Counter[str] | None = None) -> list[Path]:
+    """The images in a folder and in the folders inside it, sorted by path.
+
+    What is hidden, or a system's own, is never read. A link to a folder is followed if
+    its target is not read anyway and does not lead back.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to look.
+    passed : Counter, optional
+        Receives how many files were passed over, by the reason.
+
+    Raises
+    ------
+    SimpleNetError
+        If the folder itself cannot be opened; one inside it counts as passed over.
+    """
+    passed = Counter() if passed is None else passed
+    found: list[Path] = []
+    links: list[Path] = []
+    inside = [folder]
+    home = folder.resolve()
+    seen = set(home.parents)
+    while inside or links:
+        here = inside.pop() if inside else links.pop(0)
+        real = here.resolve()
+        if real in seen:
+            passed[SEEN] += 1
+            continue
+        seen.add(real)
+        try:
+            entries = list(here.iterdir())
+        except OSError as error:
+            if here == folder:
+                raise SimpleNetError(f"{folder}: cannot be opened ({error.strerror}).") from error
+            passed[f"folder {here}, which cannot be opened ({error.strerror})"] += 1
+            continue
+        for path in entries:
+            if is_system(path.name):
+                passed[SYSTEMS] += 1
+            elif os.path.isdir(path):
+                (links if path.is_symlink() else inside).append(path)
+            elif not os.path.isfile(path):
+                passed[SEEN] += 1
+            elif path.suffix.lower() in SUFFIXES:
+                found.append(path)
+            else:
+                passed[_unreadable(path)] += 1
+    return sorted(found)
+
+
+def _unreadable(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in (".heic", ".heif", ".hif"):
+        return f"{suffix}, which needs: pip install 'simplenet_lib[heic]'"
+    return suffix or "without a suffix"
+
+
+def passed_over(passed: Counter[str]) -> str:
+    """``"3 files passed over (2 .txt, 1 hidden or the system's)"``, or nothing."""
+    if not passed:
+        return ""
+    count = sum(passed.values())
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(passed.items()))
+    return f"{count} {'files' if count > 1 else 'file'} passed over ({reasons})"
+
+
+def kind_of(name: str) -> str | None:
+    """``"good"`` or ``"bad"`` if a folder's name says so, in any case: OK, Good, not_ok."""
+    words = set(re.split(r"[ ._-]+", name.lower()))
+    good, bad, negated = (bool(words & some) for some in (GOOD, BAD, NOT))
+    if good == bad:
+        return None
+    return "good" if good != negated else "bad"
+
+
+@dataclass
+class Found:
+    """What a folder holds.
+
+    Attributes
+    ----------
+    train, test : list of Sample
+        Normal images to train on; images to test with.
+    passed : Counter
+        How many files were passed over, by the reason.
+    """
+
+    train: list[Sample] = field(default_factory=list)
+    test: list[Sample] = field(default_factory=list)
+    passed: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """One sentence: so many normal, of each defect, masks, and files passed over."""
+        kinds = Counter(sample.defect for sample in self.test)
+        tests = [f"{kinds.pop('good')} good"] if "good" in kinds else []
+        tests += [f"{count} {kind}" for kind, count in sorted(kinds.items())]
+        masks = sum(sample.mask is not None for sample in self.test)
+        parts = [f"{len(self.train)} normal images to train on"] if self.train else []
+        parts += [f"to test with {', '.join(tests)}; {masks} masks"] if tests else []
+        parts += [passed_over(self.passed)] if self.passed else []
+        return f"Found {'; '.join(parts)}."
+
+
+def photos(folder: Path, passed: Counter[str] | None = None) -> list[Sample]:
+    """Every image in a folder of good photos and the folders in it, as normal samples.
+
+    Raises
+    ------
+    SimpleNetError
+        If there are none, or the name of a folder or file says that not all are good.
+    """
+    images = image_files(folder, passed)
+    if not images:
+        raise SimpleNetError(f"{folder}: no normal images{_but(passed)}. {LAYOUTS}")
+    every = {image.with_suffix("") for image in images}
+    for image in images:
+        names = {part.lower() for part in image.relative_to(folder).parent.parts}
+        odd = names & (TRAIN | TEST | MASKS) or "bad" in map(kind_of, names)
+        if odd or _is_beside(image, every):
+            above = [here for here in image.parents if here.is_relative_to(folder)]
+            better = next((here.parent for here in above[1:] if is_category(here)), None)
+            hint = f"Name {better} as the data." if better else LAYOUTS
+            raise SimpleNetError(
+                f"{folder}: not photos of good parts alone, for it holds"
+                f" {image.relative_to(folder)}. {hint}"
+            )
+    return [Sample(image, "good") for image in images]
+
+
+def _but(passed: Counter[str] | None) -> str:
+    return f", but {passed_over(passed)}" if passed else ""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the folders above an image say of it."""
+
+    image: Path
+    split: str  # train, test, a split that is not used, or nothing
+    is_mask: bool
+    parts: tuple[str, ...]  # the other folders
+
+    @property
+    def kind(self) -> str:
+        return self.parts[0] if self.parts else ""
+
+
+def _place(image: Path, folder: Path) -> _Place:
+    split, is_mask, parts = "", False, []
+    for depth, part in enumerate(image.relative_to(folder).parent.parts):
+        name = part.lower()
+        if name in MASKS or (depth == 0 and name in ("label", "labels")):
+            is_mask = True
+        elif name in NOT_USED and (depth == 0 or name == "xyz"):
+            split = part
+        elif depth == 0 and name in TRAIN | TEST:
+            split = "train" if name in TRAIN else "test"
+        elif name not in BETWEEN:
+            parts.append(part)
+    return _Place(image, split, is_mask, tuple(parts))
+
+
+def _is_beside(image: Path, every: Collection[Path]) -> bool:
+    """Whether an image is the mask of another in its folder; ``every`` are without suffix."""
+    base = _base(image.stem)
+    return base != image.stem and image.with_name(base) in every
+
+
+def _base(stem: str) -> str:
+    return MASK_SUFFIX.sub("", stem)
+
+
+def is_category(folder: Path) -> bool:
+    """Whether a folder has inside what makes a category: train, OK, NG, or VisA's Data."""
+    inside = {path.name.lower(): path for path in _folders(folder)}
+    if "data" in inside and inside.keys() == {"data"}:
+        return any(path.name.lower() == "images" for path in _folders(inside["data"]))
+    return bool(inside.keys() & TRAIN) or any(map(kind_of, inside))
+
+
+def categories(root: Path) -> list[str]:
+    """Names of the folders in ``root`` that hold a category, sorted."""
+    return sorted(path.name for path in _folders(root) if is_category(path))
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders inside ``folder``; none if it cannot be opened, which `image_files` tells."""
+    try:
+        inside = list(folder.iterdir())
+    except OSError:
+        return []
+    return [path for path in inside if os.path.isdir(path) and not is_system(path.name)]
+
+
+def find_samples(folder: Path) -> Found:
+    """Understand the folder of one category by the names of the folders in it.
+
+    Read are, in any case: ``train`` and ``test`` with ``good`` (or ``OK``, ``normal``) and
+    one folder a defect, masks in ``ground_truth`` or ``masks``, as in MVTec AD, its
+    successors LOCO, 3D (its RGB images) and AD 2 (``test_public``); ``train`` with photos
+    alone; and without ``train`` the folders ``OK`` and ``NG`` (``good`` and ``bad``,
+    ``Normal`` and ``Anomaly``, or defects by name), also in ``Data/Images`` as in VisA. Of
+    such every fifth normal image is kept for the test, if there are five or more.
+
+    A mask has its image's name, or that with ``_mask``, ``_gt``, ``_label`` or ``_seg``; it
+    may lie beside its image, and a folder of several has the image's name.
+
+    Raises
+    ------
+    SimpleNetError
+        If there are no normal images, a mask has no image, or only some defects have masks.
+    """
+    found = Found()
+    images = image_files(folder, found.passed)
+    every = {image.with_suffix("") for image in images}
+    places: list[_Place] = []
+    masks: list[_Place] = []
+    for image in images:
+        place = _place(image, folder)
+        (masks if place.is_mask or _is_beside(image, every) else places).append(place)
+    laid_out = any(path.name.lower() in TRAIN | TEST for path in _folders(folder))
+    if laid_out:
+        _by_split(places, found)
+    else:
+        _by_kind(places, found)
+    if not found.train:
+        raise SimpleNetError(f"{folder}: no normal images to train on. {_seen(places, found)}")
+    if found.test:
+        _match(masks, folder, found)
+    return found
+
+
+def _seen(places: Sequence[_Place], found: Found) -> str:
+    counts = Counter("/".join(filter(None, (place.split, place.kind))) for place in places)
+    seen = [f"{number} images in {name or 'it'}" for name, number in sorted(counts.items())]
+    seen += [passed_over(found.passed)] if found.passed else []
+    return f"Found {', '.join(seen) or 'nothing'}. {LAYOUTS}"
+
+
+def _by_split(places: Sequence[_Place], found: Found) -> None:
+    """Sort images that lie in train and test."""
+    kinds = {place: {kind_of(part) for part in place.parts} for place in places}
+    sure = any("good" in kinds[place] for place in places if place.split == "train")
+    for place in places:
+        if place.split == "train":
+            if "bad" in kinds[place] or (sure and "good" not in kinds[place]):
+                found.passed[f"in train/{place.kind}, not trained on"] += 1
+            else:
+                found.train.append(Sample(place.image, "good"))
+        elif place.split == "test" and place.parts:
+            good = kind_of(place.kind) == "good"
+            if ("bad" if good else "good") in map(kind_of, place.parts[1:]):
+                raise SimpleNetError(
+                    f"{place.image.parent}: good or a defect? The folder directly in test says"
+                    f" which, and it is '{place.kind}'. {LAYOUTS}"
+                )
+            found.test.append(Sample(place.image, "good" if good else place.kind))
+        elif place.split == "test":
+            found.passed["directly in test, where no folder says which kind"] += 1
+        else:
+            where = place.split or place.kind
+            found.passed[f"in {where}, not used" if where else "beside the folders"] += 1
+
+
+def _by_kind(places: Sequence[_Place], found: Found) -> None:
+    """Sort images by folders such as OK and NG; every fifth normal one is kept for the test."""
+    sure = any(kind_of(place.kind) == "good" for place in places)
+    normal: list[Sample] = []
+    for place in places:
+        kind = kind_of(place.kind)
+        if place.split:
+            found.passed[f"in {place.split}, not used"] += 1
+        elif kind == "good" or (not sure and kind is None):
+            normal.append(Sample(place.image, "good"))
+        elif place.parts:
+            found.test.append(Sample(place.image, place.kind))
+        else:
+            found.passed["beside the folders, so of no kind"] += 1
+    if found.test:
+        found.test = sorted(found.test + normal[4::5], key=lambda sample: sample.image)
+        del normal[4::5]
+    found.train = normal
+
+
+def _match(masks: Sequence[_Place], folder: Path, found: Found) -> None:
+    """Give the defects in ``found.test`` their masks."""
+    alike: dict[str, list[tuple[Sample, tuple[str, ...]]]] = {}
+    for sample in found.test + found.train:
+        parts = tuple(part.lower() for part in _place(sample.image, folder).parts)
+        alike.setdefault(sample.image.stem, []).append((sample, parts))
+
+    def image_of(name: str, parts: tuple[str, ...]) -> Sample | None:
+        """The one image of this name in just these folders, or in these and others."""
+        inside = [pair for pair in alike.get(name, []) if set(parts) <= set(pair[1])]
+        inside = [pair for pair in inside if pair[1] == parts] or inside
+        return inside[0][0] if len(inside) == 1 else None
+
+    given: dict[Path, Path] = {}
+    for place in masks:
+        parts, stem, mask = tuple(map(str.lower, place.parts)), place.image.stem, place.image
+        match = image_of(_base(stem), parts) or image_of(stem, parts)
+        if match is None and parts:  # one of several, in a folder that has the image's name
+            match, mask = image_of(place.parts[-1], parts[:-1]), mask.parent
+        if match is None and kind_of(place.kind) == "good":
+            continue
+        if match is None or given.setdefault(match.image, mask) != mask:
+            raise SimpleNetError(
+                f"{place.image}: a mask without an image in {folder / 'test' / place.kind}."
+            )
+    defects = [sample for sample in found.test if sample.label]
+    unmasked = [sample.image for sample in defects if sample.image not in given]
+    if len(unmasked) == len(defects):
+        return
+    if unmasked:
+        raise SimpleNetError(
+            f"{unmasked[0]}: no mask, and {len(unmasked)} of {len(defects)} defect images are"
+            " like it. Give every one a mask, or none."
+        )
+    found.test = [
+        replace(sample, mask=given[sample.image]) if sample.label else sample
+        for sample in found.test
+    ]
+
+
+# Pixels
+
+
+class MaskSizeError(SimpleNetError):
+    """A mask has another size than its image."""
 
 
 def read_file(path: Path) -> bytes:
@@ -82,60 +462,128 @@ def read_file(path: Path) -> bytes:
 
 
 def _open(path: Path, data: bytes | None = None) -> Image.Image:
-    """Decode an image completely and turn it upright; ``data`` are its bytes, if already read."""
+    """Decode an image's first page and turn it upright; ``data`` are its bytes, if read."""
     data = read_file(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+        raise SimpleNetError(_not_readable(path, error)) from error
     return image
 
 
-def read_image(path: Path, data: bytes | None = None) -> Image.Image:
-    """Read an image of 8 or 16 bits, grey, palette or colour, as upright 8-bit RGB.
+def _not_readable(path: Path, error: Exception) -> str:
+    reason = "the file is empty" if path.exists() and not path.stat().st_size else str(error)
+    large = isinstance(error, Image.DecompressionBombError)
+    hint = " If it is a scan of that size, allow it with --max-pixels." if large else ""
+    return f"{path}: not a readable image ({reason}).{hint}"
+
+
+def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
+    """An image of any depth, with or without transparency, as 8-bit RGB.
+
+    Parameters
+    ----------
+    image : Image
+        Of any mode that Pillow has.
+    white : float
+        The value that is white in an image of more than 8 bits or of floating point; 0
+        for 65535, and 1 for floating point. What is transparent is laid on white.
+    """
+    if image.mode.startswith(("I", "F")):
+        white = white or (1 if image.mode == "F" else 65535)
+        values = np.nan_to_num(np.clip(np.asarray(image, dtype=np.float64), 0, white))
+        # 0.001: a product that should be whole may be a little less.
+        image = Image.fromarray(np.floor(values * (255 / white) + 0.001).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image.Image:
+    """Read an image of any depth, grey, palette or colour, as upright 8-bit RGB.
 
     Parameters
     ----------
     path : Path
-        The file.
+        The file. Of several pages or frames the first is read.
     data : bytes, optional
         Its bytes, if they have been read already.
+    white : float
+        See :func:`as_rgb`.
 
     Raises
     ------
     SimpleNetError
         If the file is missing, damaged, too large to be a photograph, or not an image.
     """
-    image = _open(path, data)
-    if image.mode == "F":
-        raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):  # 16 bit: 65535 is white
-        values = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255)
-        image = Image.fromarray(values.astype(np.uint8))
-    return image.convert("RGB")
+    return as_rgb(_open(path, data), white)
 
 
 def read_mask(path: Path) -> Image.Image:
-    """Read a mask whose values are 0 and any other, mostly 255 or 1, as 8-bit 0 and 1.
+    """Read a mask as 8-bit 0 and 1: every value but that of the background, 0, is defect.
+
+    A mask painted on transparency is read by it. Values near 0 in an otherwise bright
+    mask are the traces of JPEG, and background, unless they fill areas as labels do.
+
+    Parameters
+    ----------
+    path : Path
+        The file, or a folder of several masks of one image.
 
     Raises
     ------
     SimpleNetError
-        If the file is missing, damaged, or not an image.
+        If a file is missing, damaged, or not an image, or if several differ in size.
     """
+    if path.is_dir():
+        several = [read_mask(file) for file in image_files(path)]
+        if len({mask.size for mask in several}) > 1:
+            raise MaskSizeError(f"{path}: its masks differ in size.")
+        return Image.fromarray(np.maximum.reduce([np.asarray(mask) for mask in several]))
     image = _open(path)
-    values = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
-    # Half the maximum, not 0: JPEG leaves faint traces around a mask.
-    return Image.fromarray((values > values.max() / 2).astype(np.uint8))
+    values = _mask_values(image)
+    high = values.max()
+    low = (values > 0) & (values <= high / 4)
+    if high > 32 and not _fills_areas(values, low):
+        values = np.where(low, 0, values)
+    return Image.fromarray((values > 0).astype(np.uint8))
+
+
+def _mask_values(image: Image.Image) -> NDArray[Any]:
+    """Of a mask in any mode, one value a pixel, 0 for the background."""
+    if image.mode.startswith(("I", "F")):
+        whole: NDArray[Any] = np.nan_to_num(np.asarray(image))
+        return whole
+    if image.has_transparency_data:
+        alpha: NDArray[Any] = np.asarray(image.convert("RGBA"))[..., 3]
+        if alpha.min() < alpha.max() or not alpha.any():
+            return alpha
+    values: NDArray[Any] = np.asarray(image.convert("RGB")).max(axis=2)
+    if image.mode == "P" and values.min() == values.max():  # a palette of one colour
+        return np.asarray(image)
+    return values
+
+
+def _fills_areas(values: NDArray[Any], some: NDArray[np.bool_]) -> bool:
+    """Whether most of ``some`` pixels lie in blocks of 2 x 2 of one value."""
+    if min(values.shape) < 2:
+        return False
+    blocks = np.lib.stride_tricks.sliding_window_view(values, (2, 2)).reshape(
+        values.shape[0] - 1, values.shape[1] - 1, 4
+    )
+    same = (blocks == blocks[..., :1]).all(axis=2)
+    flat = ndimage.binary_dilation(np.pad(same, ((0, 1), (0, 1))), np.ones((2, 2)), origin=(-1, -1))
+    return bool(2 * (flat & some).sum() >= max(1, some.sum()))
 
 
 def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> Transform:
     """Resize, cut out the centre, normalise; image and mask together.
 
-    The image is interpolated with antialiasing, the mask by its nearest pixel,
-    so that it keeps the values 0 and 1.
+    The image is interpolated with antialiasing, the mask by its nearest pixel, so that it
+    keeps the values 0 and 1. A defect that no pixel is left of keeps one, at its centre.
 
     Parameters
     ----------
@@ -143,16 +591,53 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
         Height and width in pixels of the resized image and of its central cut-out;
         one number for a square.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    transform: Transform = v2.Compose(
+    resize = v2.Resize((size, size) if isinstance(size, int) else size, antialias=True)
+    rest = v2.Compose(
         [
-            v2.Resize((height, width), antialias=True),
             v2.CenterCrop(crop),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
+
+    def transform(image: tv_tensors.Image, mask: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        small_image, small_mask = resize(image, mask)
+        if mask.any():
+            small_mask = keep_regions(mask, small_mask, resize)
+        both: tuple[Tensor, Tensor] = rest(small_image, small_mask)
+        return both
+
     return transform
+
+
+def keep_regions(
+    mask: tv_tensors.Mask, small: tv_tensors.Mask, resize: v2.Resize
+) -> tv_tensors.Mask:
+    """Mark one pixel of every region of a mask that its reduction has lost.
+
+    Parameters
+    ----------
+    mask : Mask
+        0 and 1, (1, h, w).
+    small : Mask
+        ``resize(mask)``, (1, H, W).
+    resize : Resize
+        Takes the nearest of the mask's pixels.
+    """
+    regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
+    left = resize(tv_tensors.Mask(torch.from_numpy(regions)[None]))
+    lost = np.setdiff1d(np.arange(1, count + 1), left.numpy())
+    if not len(lost):
+        return small
+    places = np.argwhere(regions)
+    of = regions[regions > 0]
+    order = np.argsort(of, kind="stable")
+    middle = (np.searchsorted(of[order], lost) + np.searchsorted(of[order], lost, "right")) // 2
+    scale = np.array(small.shape[1:]) / regions.shape
+    rows, columns = ((places[order[middle]] + 0.5) * scale).astype(int).T
+    kept = small.clone()
+    kept[0, rows, columns] = 1
+    return tv_tensors.Mask(kept)
 
 
 def shape_of(samples: Sequence[Sample]) -> float:
@@ -162,6 +647,144 @@ def shape_of(samples: Sequence[Sample]) -> float:
         (width, height), orientation = _header(sample.image)
         ratios.append(width / height if orientation in TURNED else height / width)
     return float(np.median(ratios))
+
+
+@dataclass
+class Checked:
+    """What reading all files once has shown.
+
+    Attributes
+    ----------
+    damaged : dict of Path to str
+        A sentence on every file that cannot be read.
+    white : float
+        What white is in images of more than 8 bits, see :func:`white_level`; 0 without.
+    notes : list of str
+        Sentences on what a user should know of these files.
+    """
+
+    damaged: dict[Path, str] = field(default_factory=dict)
+    white: float = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def white_level(highest: float, floating: bool) -> float:
+    """White of images whose highest value is known: full scale of the depth that holds it.
+
+    Of whole numbers the depths are 8, 10, 12 ... bits. Floating-point values up to 1 have
+    a power of two, 1 as a rule; beyond 1 they count as whole numbers of any depth.
+    """
+    if highest <= 0:
+        return 1 if floating else 65535
+    if floating and highest <= 1:
+        return float(2.0 ** math.ceil(math.log2(highest)))
+    bits = math.ceil(math.log2(math.ceil(highest) + 1))
+    return float(2**bits - 1 if floating else 2 ** max(8, bits + bits % 2) - 1)
+
+
+def check(samples: Sequence[Sample], white: float = 0, *, progress: bool = False) -> Checked:
+    """Read every image and mask, so that nothing is found damaged only after hours.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+        The images; white is that of the normal ones.
+    white : float
+        What white is, if it is known; 0 to find it.
+    progress : bool
+        Show a progress bar on stderr.
+
+    Raises
+    ------
+    SimpleNetError
+        If images of whole numbers and of floating point are mixed: no white fits both.
+    """
+    checked = Checked()
+    deep: dict[str, Path] = {}
+    highest, usual, several = 0.0, [], 0
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as readers,
+        tqdm(total=len(samples), desc="check", unit="image", disable=not progress, delay=1) as bar,
+    ):
+        for sample, (levels, error) in zip(samples, readers.map(_levels, samples), strict=True):
+            bar.update()
+            if levels is None:
+                checked.damaged[sample.image] = error
+                continue
+            several += levels.pages > 1
+            if sample.label:
+                continue
+            if levels.depth:
+                deep.setdefault(levels.depth, sample.image)
+                highest = max(highest, levels.highest)
+            usual.append(levels)
+    if len(deep) > 1:
+        raise SimpleNetError(
+            f"{deep['F']}: floating point, but {deep['I']}: whole numbers, and white cannot be the"
+            " same in both. Save all in one way."
+        )
+    if deep:
+        checked.white = white or white_level(highest, "F" in deep)
+    if several:
+        checked.notes.append(
+            f"{several} of the files have several pages or frames: the first of each is read."
+        )
+    bright = max((levels.bright(checked.white) for levels in usual), default=1)
+    if bright < 1 / 8:
+        remedy = (
+            f"White is {checked.white:g} for them; if that is a broken pixel's, say --white."
+            if deep
+            else "Expose longer, or scale them."
+        )
+        checked.notes.append(f"The training photos use {bright:.1%} of their range. {remedy}")
+    return checked
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """The values in one image: of an image of 8 bits ``depth`` is empty."""
+
+    depth: str
+    highest: float
+    usual: float
+    pages: int
+
+    def bright(self, white: float) -> float:
+        return self.usual / (white if self.depth else 255)
+
+
+def _levels(sample: Sample) -> tuple[_Levels | None, str]:
+    """What values an image has, or why it or its mask cannot be read."""
+    try:
+        data = read_file(sample.image)
+        image = _open(sample.image, data)
+        if sample.mask is not None:
+            read_mask(sample.mask)
+    except SimpleNetError as error:
+        return None, str(error)
+    pages = _pages(data)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        finite = values[np.isfinite(values)] if image.mode == "F" else values
+        if not finite.size:
+            finite = np.zeros(1)
+        usual = float(np.percentile(finite.ravel()[::7], 99.9))
+        return _Levels(image.mode[0], float(finite.max()), usual, pages), ""
+    # Of a palette and of ink the highest value says nothing.
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        return _Levels("", 255, 255, pages), ""
+    bands = image.getextrema()
+    highest = float(max(np.ravel(bands[:3] if image.mode.startswith("RGB") else bands)[1::2]))
+    return _Levels("", highest, highest, pages), ""
+
+
+def _pages(data: bytes) -> int:
+    """How many pages or frames there are; 1 if those behind the first are damaged."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            return getattr(file, "n_frames", 1)
+    except Exception:  # as in _open; the first page was read
+        return 1
 
 
 class ImageFiles(Dataset[Item]):
@@ -174,11 +797,14 @@ class ImageFiles(Dataset[Item]):
     transform : callable
         Takes an image (3, h, w) of uint8 and a mask (h, w), returns both as the
         network wants them; see :func:`make_transform`.
+    white : float
+        What white is in images of more than 8 bits, see :func:`as_rgb`.
     """
 
-    def __init__(self, samples: list[Sample], transform: Transform) -> None:
+    def __init__(self, samples: list[Sample], transform: Transform, white: float = 0) -> None:
         self.samples = samples
         self.transform = transform
+        self.white = white
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -192,7 +818,7 @@ class ImageFiles(Dataset[Item]):
     def item(self, index: int, data: bytes | None = None) -> Item:
         """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
-        picture, marked = _read(sample, data)
+        picture, marked = _read(sample, data, self.white)
         image, mask = self.transform(
             tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
             tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
@@ -206,7 +832,7 @@ class ImageFiles(Dataset[Item]):
 
 
 class AnomalyDataset(ImageFiles):
-    """One split of one category in the MVTec AD layout.
+    """One split of one category, in a layout that :func:`find_samples` reads.
 
     Parameters
     ----------
@@ -216,61 +842,78 @@ class AnomalyDataset(ImageFiles):
         Name of the category's folder.
     split : {"train", "test"}
         ``"train"`` holds normal images only.
-    transform : callable
+    transform, white
         See :class:`ImageFiles`.
 
     Attributes
     ----------
+    found : Found
+        What the category's folder holds.
+    mask_note : str
+        A sentence if masks have another size than their images: they are left out.
     has_masks : bool
         Whether every defect image has a mask; pixel metrics need it.
 
     Raises
     ------
     SimpleNetError
-        If a folder is missing or empty, a mask has no image or another size, or
-        only some of the defect images have a mask.
+        If a folder is missing or empty, a mask has no image, or only some of the defect
+        images have a mask.
     """
 
     def __init__(
-        self, root: Path, category: str, split: Literal["train", "test"], transform: Transform
+        self,
+        root: Path,
+        category: str,
+        split: Literal["train", "test"],
+        transform: Transform,
+        white: float = 0,
     ) -> None:
         folder = _category_folder(root, category)
-        samples = photos(folder / "train" / "good") if split == "train" else _test_samples(folder)
-        for sample in samples:  # a wrong mask is found now, not after a training
-            if sample.mask is not None and _header(sample.image) != _header(sample.mask):
-                _read(sample)
-        super().__init__(samples, transform)
+        self.found = find_samples(folder)
+        misfits: list[str] = []
+        samples = self.found.train
+        if split == "test":
+            samples = [_fitting(sample, misfits) for sample in self.found.test]
+            if not samples:
+                raise SimpleNetError(f"{folder}: no images to test with. {self.found.summary()}")
+        super().__init__(samples, transform, white)
         defects = [sample for sample in samples if sample.label]
         self.has_masks = bool(defects) and all(sample.mask for sample in defects)
+        self.mask_note = ""
+        if misfits:
+            self.mask_note = (
+                f"{misfits[0]} Pixel metrics are left out: {len(misfits)} of {len(defects)} masks"
+                " do not fit."
+            )
 
 
-def photos(folder: Path) -> list[Sample]:
-    """Every image directly inside a folder of good photos, as normal samples.
-
-    Raises
-    ------
-    SimpleNetError
-        If there are none.
-    """
-    samples = [Sample(path, "good") for path in image_files(folder)]
-    if not samples:
-        raise SimpleNetError(f"{folder}: no normal images ({', '.join(sorted(SUFFIXES))}).")
-    return samples
-
-
-def categories(root: Path) -> list[str]:
-    """Names of the folders in ``root`` that hold a category, sorted."""
-    return sorted(path.name for path in root.iterdir() if (path / "train").is_dir())
+def _fitting(sample: Sample, misfits: list[str]) -> Sample:
+    """The sample without its mask if that has another size: images can still be judged."""
+    if sample.mask is None:
+        return sample
+    masks = image_files(sample.mask) if sample.mask.is_dir() else [sample.mask]
+    try:
+        if {_header(mask) for mask in masks} != {_header(sample.image)}:
+            _read(sample)
+    except MaskSizeError as error:
+        misfits.append(str(error))
+        return replace(sample, mask=None)
+    except SimpleNetError:
+        pass  # damaged: named when it is read
+    return sample
 
 
-def _read(sample: Sample, data: bytes | None = None) -> tuple[Image.Image, Image.Image]:
+def _read(
+    sample: Sample, data: bytes | None = None, white: float = 0
+) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
-    picture = read_image(sample.image, data)
+    picture = read_image(sample.image, data, white)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
     mask = read_mask(sample.mask)
     if mask.size != picture.size:
-        raise SimpleNetError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
+        raise MaskSizeError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
     return picture, mask
 
 
@@ -282,7 +925,7 @@ def _header(path: Path) -> tuple[tuple[int, int], int]:
             exif = file.getexif() if "exif" in file.info else {}
             return file.size, exif.get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # as in _open
-        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+        raise SimpleNetError(_not_readable(path, error)) from error
 
 
 def _size(image: Image.Image) -> str:
@@ -294,52 +937,13 @@ def _category_folder(root: Path, category: str) -> Path:
         raise SimpleNetError(f"{root}: no such folder.")
     folder = root / category
     if not folder.is_dir():
-        if (root / "train").is_dir():
+        if is_category(root):
             raise SimpleNetError(
                 f"{root}: is a category itself. Name its parent as the data folder"
                 f" and '{root.resolve().name}' as the category."
             )
         known = categories(root)
         if not known:
-            raise SimpleNetError(f"{root}: no CATEGORY/train/good inside, not the MVTec AD layout.")
+            raise SimpleNetError(f"{root}: holds no category. {LAYOUTS}")
         raise SimpleNetError(f"{root}: no category '{category}'. Found: {', '.join(known)}.")
-    if not (folder / "train" / "good").is_dir():
-        raise SimpleNetError(f"{folder}: no train/good inside, not the MVTec AD layout.")
     return folder
-
-
-def _test_samples(folder: Path) -> list[Sample]:
-    test = folder / "test"
-    if not test.is_dir():
-        raise SimpleNetError(f"{test}: no such folder.")
-    samples: list[Sample] = []
-    for defect in sorted(_folders(test) | _folders(folder / "ground_truth")):
-        images = image_files(test / defect) if (test / defect).is_dir() else []
-        masks = {} if defect == "good" else _masks(folder / "ground_truth" / defect)
-        for image in images:
-            mask = masks.pop(f"{image.stem}_mask", None) or masks.pop(image.stem, None)
-            samples.append(Sample(image, defect, mask))
-        if masks:
-            mask = next(iter(masks.values()))
-            raise SimpleNetError(f"{mask}: a mask without an image in {test / defect}.")
-    if not samples:
-        raise SimpleNetError(f"{test}: no images in its folders.")
-    defects = [sample for sample in samples if sample.label]
-    unmasked = [sample.image for sample in defects if sample.mask is None]
-    if unmasked and len(unmasked) < len(defects):
-        raise SimpleNetError(
-            f"{unmasked[0]}: no mask in {folder / 'ground_truth'}, and {len(unmasked)} of"
-            f" {len(defects)} defect images are like it. Give every one a mask, or none."
-        )
-    return samples
-
-
-def _folders(folder: Path) -> set[str]:
-    """Names of the folders inside ``folder``, hidden ones left out; none if it is missing."""
-    inside = folder.iterdir() if folder.is_dir() else ()
-    return {path.name for path in inside if path.is_dir() and not path.name.startswith(".")}
-
-
-def _masks(folder: Path) -> dict[str, Path]:
-    """Masks by file name without suffix; a data set without masks has no such folder."""
-    return {path.stem: path for path in image_files(folder)} if os.path.isdir(folder) else {}

@@ -1,7 +1,7 @@
 """Fetch files over HTTP, whole and verified, and unpack MVTec AD.
 
-Nothing is visible under its final name before it is whole: a download or an
-unpacking that stops half-way leaves only a temporary folder, which is removed.
+Nothing is visible under its final name before it is whole. A download that breaks off
+leaves a hidden part, from which the next one goes on; an unpacking leaves nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import pooch
 import requests
+from filelock import FileLock
 from tqdm import tqdm
 
 from simplenet_lib.config import SimpleNetError
@@ -87,33 +87,62 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT_SECONDS
         If the server cannot be reached, answers with an error, stalls, or
         sends bytes with another checksum; or if ``path`` cannot be written.
     """
+    partial = path.with_name(f".{path.name}.{sha256[:8]}.part")
+    lock = partial.with_suffix(".lock")
     try:
         if path.is_file() and sha256_of(path).startswith(sha256):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-            partial = Path(folder) / path.name
-            # A bar of ours is closed also when the download fails; pooch's own would stay open.
-            # (The total of 1 stands until pooch knows the size: a bar without one is no bool.)
-            # The delay: a server that cannot be reached should leave no empty bar behind.
-            with tqdm(total=1, unit="B", unit_scale=True, desc=path.name, delay=1) as bar:
-                # pooch's own block of 1 kB would mean five million flushes for MVTec AD.
-                download = pooch.HTTPDownloader(bar, chunk_size=1 << 18, timeout=timeout)
-                download(url, str(partial), None)
-            found = sha256_of(partial)
-            if not found.startswith(sha256):
-                raise SimpleNetError(
-                    f"{url}: the download is incomplete or another file: {partial.stat().st_size} "
-                    f"bytes with SHA-256 {found}, expected {sha256}. Nothing was kept."
-                )
-            os.replace(partial, path)
+        try:
+            with FileLock(lock):  # two that append to one file would spoil it
+                if not (path.is_file() and sha256_of(path).startswith(sha256)):
+                    _download(url, partial, path, sha256, timeout)
+        finally:
+            lock.unlink(missing_ok=True)  # not every system removes it
     except (requests.RequestException, ValueError) as error:  # ValueError: a malformed host
+        kept = " The same call goes on from there." if partial.exists() else ""
         raise SimpleNetError(
-            f"{url}: could not be downloaded: {_reason(error, timeout)}."
+            f"{url}: could not be downloaded: {_reason(error, timeout)}.{kept}"
         ) from error
     except OSError as error:
+        if partial.is_file():
+            partial.unlink()  # a full disk needs the room
         raise SimpleNetError(f"{path}: could not be written ({error}).") from error
     return path
+
+
+def _download(url: str, partial: Path, path: Path, sha256: str, timeout: float) -> None:
+    """Download to ``partial``, from where an earlier download broke off; name it ``path``."""
+    start = partial.stat().st_size if partial.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+        if response.status_code != requests.codes.requested_range_not_satisfiable:
+            response.raise_for_status()
+            if response.status_code != requests.codes.partial_content:
+                start = 0  # the server sends the whole file, whatever was asked
+            total = start + int(response.headers.get("Content-Length", 0))
+            # The delay: a server that cannot be reached should leave no empty bar behind.
+            with (
+                partial.open("ab" if start else "wb") as file,
+                tqdm(
+                    total=total, initial=start, unit="B", unit_scale=True, desc=path.name, delay=1
+                ) as bar,
+            ):
+                for block in response.iter_content(1 << 18):
+                    file.write(block)
+                    bar.update(len(block))
+    found, size = sha256_of(partial), partial.stat().st_size
+    if found.startswith(sha256):
+        os.replace(partial, path)
+        return
+    partial.unlink()
+    if start:  # it may be the part of another file
+        _download(url, partial, path, sha256, timeout)
+        return
+    raise SimpleNetError(
+        f"{url}: the download is incomplete or another file: {size} bytes with SHA-256 {found},"
+        f" expected {sha256}. Nothing was kept."
+    )
 
 
 def _reason(error: Exception, timeout: float) -> str:

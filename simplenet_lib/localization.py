@@ -173,11 +173,31 @@ def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
     Returns
     -------
     dict of str to float
-        ``image_auroc``, ``image_ap``, ``image_f1max``, and if every defect has a mask
-        also ``pixel_auroc``, ``pixel_ap`` and ``aupro``; all between 0 and 1.
+        ``image_auroc``, ``image_ap``, ``image_f1max``, and if every defect has a mask and
+        these are no mistake (see :func:`mask_note`) also ``pixel_auroc``, ``pixel_ap`` and
+        ``aupro``; all between 0 and 1.
     """
     labels = np.array([prediction.sample.label for prediction in predictions])
     metrics = image_metrics(labels, np.array([prediction.score for prediction in predictions]))
-    if all(p.sample.mask is not None for p in predictions if p.sample.label):
+    every = all(p.sample.mask is not None for p in predictions if p.sample.label)
+    if every and not mask_note(predictions):
         metrics |= pixel_metrics([p.mask for p in predictions], [p.map for p in predictions])
     return metrics
+
+
+def mask_note(predictions: Sequence[Prediction]) -> str:
+    """Why the masks allow no pixel metrics, in one sentence; empty if they do.
+
+    They do not if no mask marks anything, or if most mark more than half of their image:
+    then normal is marked and not the defect.
+    """
+    masks = [p.mask for p in predictions if p.sample.label and p.sample.mask is not None]
+    if masks and not any(mask.any() for mask in masks):
+        return f"No pixel is marked in any of the {len(masks)} masks: pixel metrics are left out."
+    inverted = sum(mask.mean() > 0.5 for mask in masks)
+    if 2 * inverted > len(masks):
+        return (
+            f"{inverted} of {len(masks)} masks mark more than half of their image, as if they were"
+            " inverted (a defect is everything but 0): pixel metrics are left out."
+        )
+    return ""

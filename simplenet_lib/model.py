@@ -209,6 +209,7 @@ class SimpleNet(nn.Module):
                 config.border,
                 config.size,
                 config.seen,
+                *([config.white] if config.white else []),  # 8 bits: as before there was any
             ]
         )
 

@@ -29,12 +29,14 @@ class Loopback:
     def __init__(self) -> None:
         self.answer: Callable[[BaseHTTPRequestHandler], None] = self.status(404)
         self.requests: list[str] = []
+        self.ranges: list[str | None] = []
         self.closing = threading.Event()
         loopback = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 loopback.requests.append(self.path)
+                loopback.ranges.append(self.headers["Range"])
                 loopback.answer(self)
 
             def log_message(self, *args: object) -> None:
@@ -69,6 +71,25 @@ class Loopback:
                 handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
             handler.wfile.write(body[: len(body) // 2 if send is None else send])
+            handler.wfile.flush()
+            then()
+
+        return answer
+
+    def rest(
+        self, body: bytes, *, send: int | None = None, then: Callable[[], object] = lambda: None
+    ) -> Callable[[BaseHTTPRequestHandler], None]:
+        """Answer from where the client asks, with at most ``send`` bytes, and do something."""
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            start = int((handler.headers["Range"] or "bytes=0-")[6:-1])
+            if start >= len(body):
+                handler.send_error(416)
+                return
+            handler.send_response(206 if start else 200)
+            handler.send_header("Content-Length", str(len(body) - start))
+            handler.end_headers()
+            handler.wfile.write(body[start : None if send is None else start + send])
             handler.wfile.flush()
             then()
 

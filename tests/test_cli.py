@@ -241,7 +241,7 @@ def test_train_on_a_folder_of_photos_alone(
     assert (run / "model.safetensors").read_bytes() == same
     assert "holds photos only" in refused("evaluate", run, "--data", "my photos")
     Path("empty").mkdir()
-    assert "none and no photos" in refused("train", "--data", "empty", *SET)
+    assert "no normal images. What can be read" in refused("train", "--data", "empty", *SET)
     Path("one").mkdir()
     shutil.copy("my photos/000.png", "one")
     assert "1 normal image: at least 2" in refused("train", "--data", "one", *SET)
@@ -317,6 +317,8 @@ def test_benchmark_makes_what_is_missing_and_a_table(
 
     monkeypatch.setattr("simplenet_lib.benchmark.train", paid)
     again = simplenet("benchmark", "--data", data, "--categories", "cloth", "--seeds", "1,0")
+    found, again = again.split("\n", 1)
+    assert found.startswith("cloth: Found 8 normal images to train on; to test with 2 good, 1 cut")
     assert again == first[first.index("| category") :]
 
 
@@ -345,7 +347,7 @@ def test_benchmark_refuses_before_it_trains(data: Path, refused: Callable[..., s
 
     assert "nowhere: no such folder" in benchmark(root="nowhere")
     Path("empty").mkdir()
-    assert "not the MVTec AD layout" in benchmark(root="empty")
+    assert "empty: holds no category. What can be read" in benchmark(root="empty")
     assert "no category 'bolt'. Found: cloth" in benchmark("--categories", "cloth,bolt")
     assert "--seeds one: expected numbers" in benchmark("--seeds", "one")
     assert "unknown preset 'slow'" in benchmark("--preset", "slow")
@@ -411,7 +413,7 @@ def test_predict_a_folder_keeps_its_names(trained: Path, data: Path) -> None:
     printed = simplenet("predict", trained, test)
     table = rows()
     anomalous = sum(row["verdict"] == "anomalous" for row in table)
-    assert printed.startswith(f"{anomalous} of {len(table)} images are anomalous (score above 1).")
+    assert printed.startswith(f"Found {len(table)} images.\n{anomalous} of {len(table)} images are")
     assert list(table[0]) == ["image", "score", "verdict", "unfamiliar", "overlay"]
     images = sorted(p for p in test.rglob("*.*"))
     assert sorted(row["image"] for row in table) == [str(p) for p in images]
@@ -504,7 +506,7 @@ def test_mistakes_are_noticed_before_training(data: Path, refused: Callable[...,
         return refused("train", "--data", root, *SET, *arguments)
 
     assert "nowhere: no such folder" in train(root="nowhere")
-    assert "not in the MVTec AD layout" in train(root=data / "cloth" / "test")
+    assert "is a category itself" in train("--category", "x", root=data / "cloth" / "test")
     assert "no category 'silk'. Found: cloth" in train("--category", "silk")
     assert "is a category itself" in train("--category", "x", root=data / "cloth")
     assert "unknown preset 'quick'. Known: course, fast, paper" in train("--preset", "quick")
@@ -527,8 +529,6 @@ def test_mistakes_are_noticed_before_training(data: Path, refused: Callable[...,
 
     mask = data / "cloth/ground_truth/hole/000_mask.png"
     original = mask.read_bytes()
-    Image.new("L", (64, 65)).save(mask)
-    assert f"{mask}: 64x65, but its image is 64x64" in train()
     mask.write_bytes(original[:20])
     assert f"{mask}: not a readable image" in train()
     mask.write_bytes(original)
@@ -537,13 +537,13 @@ def test_mistakes_are_noticed_before_training(data: Path, refused: Callable[...,
     mask.with_name("777_mask.png").unlink()
     assert "Give every one a mask, or none" in train()
     shutil.rmtree(data / "cloth/train/good")
-    assert "no train/good inside" in train()
+    assert "no normal images to train on. Found 1 images in test/cut" in train()
     (data / "cloth/train/good").mkdir()
     assert "no normal images" in train()
 
 
 @pytest.mark.usefixtures("no_training")
-def test_sizes_are_compared_upright(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_compared_upright(data: Path) -> None:
     """A camera's photo lies on its side and says so; its mask was drawn upright."""
     image = data / "cloth/test/hole/000.png"
     image.unlink()
@@ -552,12 +552,13 @@ def test_sizes_are_compared_upright(data: Path, monkeypatch: pytest.MonkeyPatch)
     Image.new("RGB", (80, 60)).save(image.with_suffix(".jpg"), exif=exif)
     mask = data / "cloth/ground_truth/hole/000_mask.png"
     Image.new("L", (60, 80)).save(mask)
-    with pytest.raises(AssertionError, match="the training was started"):
-        monkeypatch.setattr(sys, "argv", ["simplenet", "train", "--data", str(data), *SET])
-        cli.main()
+    result = CliRunner().invoke(app, ["train", "--data", str(data), *SET])
+    assert "the training was started" in str(result.exception)
+    assert "but its image is" not in result.stdout
     Image.new("L", (80, 60)).save(mask)
     result = CliRunner().invoke(app, ["train", "--data", str(data), *SET])
-    assert "80x60, but its image is 60x80" in str(result.exception)
+    assert "80x60, but its image is 60x80. Pixel metrics are left out" in result.stdout
+    assert "the training was started" in str(result.exception)
 
 
 def test_mistakes_that_training_notices(
@@ -574,33 +575,142 @@ def test_mistakes_that_training_notices(
     assert "missing.pth: no such weights file or folder" in train()
 
 
-def test_a_truncated_normal_image_is_named(data: Path, refused: Callable[..., str]) -> None:
-    image = data / "cloth/train/good/003.png"
-    image.write_bytes(image.read_bytes()[:700])
+@pytest.mark.usefixtures("no_training")
+def test_all_damaged_files_are_named_before_the_training(
+    data: Path, refused: Callable[..., str]
+) -> None:
+    images = [data / f"cloth/{name}" for name in ("train/good/003.png", "test/good/001.png")]
+    images[0].write_bytes(images[0].read_bytes()[:700])
     message = refused("train", "--data", data, *SET)
-    assert f"{image}: not a readable image" in message
+    assert f"simplenet: {images[0]}: not a readable image" in message and "--skip-" in message
+    images[1].write_bytes(b"")
+    message = refused("train", "--data", data, *SET)
+    assert "2 files cannot be read: " in message
+    assert f"{images[0]}: not a readable image" in message
+    assert f"{images[1]}: not a readable image (the file is empty)" in message
 
 
-def test_a_truncated_test_image_does_not_cost_the_training(
+def test_damaged_files_can_be_left_out(data: Path) -> None:
+    for name in ("train/good/003.png", "test/good/001.png"):
+        (data / "cloth" / name).write_bytes(b"damaged")
+    printed = simplenet("train", "--data", data, "--output", "run", *SET, "--skip-damaged")
+    assert "2 damaged files are left out: " in printed and "003.png" in printed
+    report = report_of(Path("run"))
+    assert report["train_images"] == 7
+    assert list(report["scores"]["good"]) == ["000"]
+
+
+def test_evaluation_never_costs_the_trained_model(
     data: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A test image that is lost during the training."""
     image = data / "cloth/test/good/001.png"
     whole = image.read_bytes()
-    image.write_bytes(whole[:700])
+    fit = training.fit
+
+    def fit_and_lose(*args: Any, **kwargs: Any) -> Any:
+        image.write_bytes(whole[:700])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(training, "fit", fit_and_lose)
     command = ["train", "--data", str(data), "--output", "run", *SET]
     monkeypatch.setattr(sys, "argv", ["simplenet", *command])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert f"simplenet: {image}: not a readable image" in capsys.readouterr().err
-    assert [p.name for p in Path("run").iterdir()] == ["training.safetensors"]
+    printed = capsys.readouterr()
+    assert f"simplenet: {image}: not a readable image" in printed.err
+    assert f"Trained: {Path('run/model.safetensors')}" in printed.out
+    model = Path("run/model.safetensors")
+    assert model.read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert report_of(Path("run"))["train_images"] == 8
     image.write_bytes(whole)
+    monkeypatch.setattr(training, "fit", fit)
     monkeypatch.setattr(training, "cross_entropy_loss", None)  # no step is made again
     simplenet(*command)
-    assert (
-        Path("run/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
-    )
+    assert report_of(Path("run"))["image_auroc"] == report_of(trained)["image_auroc"]
     assert not Path("run/training.safetensors").exists()
+
+
+@pytest.mark.parametrize("fault", ["black", "inverted", "another size"])
+def test_useless_masks_cost_the_pixel_metrics_alone(data: Path, trained: Path, fault: str) -> None:
+    for path in (data / "cloth/ground_truth").rglob("*.png"):
+        with Image.open(path) as mask:
+            changed = {
+                "black": Image.new("L", mask.size),
+                "inverted": mask.point(lambda value: 255 - value),
+                "another size": mask.resize((65, 64)),
+            }[fault]
+        changed.save(path)
+    printed = simplenet("train", "--data", data, "--output", "run", *SET)
+    said = {
+        "black": "No pixel is marked in any of the 5 masks: pixel metrics are left out.",
+        "inverted": "5 of 5 masks mark more than half of their image, as if they were inverted",
+        "another size": "65x64, but its image is 64x64. Pixel metrics are left out: 5 of 5 masks",
+    }[fault]
+    assert said in printed
+    report = report_of(Path("run"))
+    assert report["image_auroc"] == report_of(trained)["image_auroc"]
+    assert not PIXEL_KEYS & report.keys()
+    assert said in simplenet("evaluate", "run", "--data", data)
+
+
+def test_deep_photos_give_the_same_verdicts_as_those_of_8_bits(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
+    """12 bits in 16-bit files: white is found in training, stored, and used in predict."""
+    shutil.copytree(data, "deep")
+    for path in Path("deep/cloth").glob("t*/*/*.png"):
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L"))
+        Image.fromarray(grey).save(data / path.relative_to("deep"))
+        Image.fromarray(np.round(grey * (4095 / 255)).astype(np.uint16)).save(path)
+    simplenet("train", "--data", data, "--output", "shallow", *SET)
+    simplenet("train", "--data", "deep", "--output", "run", *SET)
+    assert (
+        report_of(Path("run"))["config"]["white"],
+        SimpleNet.load(Path("run/model.safetensors")).config.white,
+    ) == (4095, 4095)
+    assert report_of(Path("shallow"))["config"]["white"] == 0
+    scores = []
+    for model, root in (("shallow", data), ("run", "deep")):
+        simplenet("predict", model, Path(root, "cloth/test"))
+        scores.append([float(row["score"]) for row in rows()])
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
+    simplenet("train", "--data", "deep", "--output", "given", *SET, "--white", "65535")
+    assert report_of(Path("given"))["config"]["white"] == 65535
+
+
+def test_folders_named_ok_and_ng_and_a_category_named_directly(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pristine / "cloth/train/good", "parts/OK/monday")
+    shutil.copytree(pristine / "cloth/test/hole", "parts/NG")
+    Path("parts/OK/@eaDir").mkdir()
+    shutil.copy("parts/NG/000.png", "parts/OK/@eaDir")
+    printed = simplenet("train", "--data", "parts", *SET)
+    assert "parts: Found 7 normal images to train on; to test with 1 good, 1 NG; 0 masks" in printed
+    report = report_of(Path("runs/parts-fast-0"))
+    assert (report["category"], report["train_images"]) == ("parts", 7)
+    assert report["scores"].keys() == {"good", "NG"}
+    monkeypatch.chdir("parts")
+    assert "1 NG" in simplenet("evaluate", "../runs/parts-fast-0", "--data", ".")
+    printed = simplenet("predict", "../runs/parts-fast-0", ".", "--output", "../out")
+    assert printed.startswith("Found 9 images; 1 file passed over (1 hidden or the system's).")
+
+
+def test_large_scans_need_max_pixels(
+    trained: Path, data: Path, refused: Callable[..., str]
+) -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        image = data / "cloth/test/good/000.png"
+        command = ["predict", trained, image, "--max-pixels", 64 * 64 - 2]
+        assert "allow it with --max-pixels" in refused(*command)
+        simplenet(*command[:-1], 64 * 64)
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def test_a_state_of_another_training_is_refused(
@@ -640,7 +750,8 @@ def test_ctrl_c_and_the_same_command_give_the_same_model(data: Path) -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert stdout == ""
+    (found,) = stdout.splitlines()
+    assert found.startswith("cloth: Found 8 normal images")
     assert stderr.splitlines()[-1] == (
         "simplenet: stopped. Run the same command to go on from there."
     )

@@ -1,11 +1,13 @@
 """Reading images and masks: what is accepted, what is refused, and that both stay aligned."""
 
 import io
+import math
 import os
 import shutil
 import struct
 import time
 import zlib
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.dataset import (
@@ -23,13 +28,18 @@ from simplenet_lib.dataset import (
     ImageFiles,
     Sample,
     categories,
+    check,
+    find_samples,
     image_files,
+    kind_of,
     make_transform,
+    passed_over,
     photos,
     read_file,
     read_image,
     read_mask,
     shape_of,
+    white_level,
 )
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
 
@@ -109,7 +119,7 @@ def test_without_any_masks_images_can_still_be_tested(root):
 
 def test_some_masks_missing_is_refused(root):
     (root / "part/ground_truth/broken/001_mask.png").unlink()
-    message = check_refused("test/broken/001.png: no mask in", root)
+    message = check_refused("test/broken/001.png: no mask", root)
     assert "1 of 3 defect images" in message
 
 
@@ -121,7 +131,7 @@ def test_a_mask_without_an_image_is_refused(root, folder):
 
 def test_two_masks_for_one_image_are_refused(root):
     save(root / "part/ground_truth/broken/000.png", mode="L")
-    check_refused("ground_truth/broken/000.png: a mask without an image", root)
+    check_refused("ground_truth/broken/000_mask.png: a mask without an image", root)
 
 
 def test_masks_of_normal_images_are_not_needed_and_not_read(root):
@@ -130,11 +140,19 @@ def test_masks_of_normal_images_are_not_needed_and_not_read(root):
     assert all(sample.mask is None for sample in test.samples if not sample.label)
 
 
-def test_a_mask_of_another_size_is_refused_in_one_sentence(root):
+def test_a_mask_of_another_size_is_left_out_and_named(root):
     save(root / "part/test/broken_large/003.png", size=(448, 448))
     mask = save(root / "part/ground_truth/broken_large/003_mask.png", size=(450, 450), mode="L")
-    expected = f"{mask}: 450x450, but its image is 448x448."
-    assert check_refused(expected, root) == expected
+    test = AnomalyDataset(root, "part", "test", TRANSFORM)
+    assert test.mask_note == (
+        f"{mask}: 450x450, but its image is 448x448. Pixel metrics are left out: 1 of 4 masks do"
+        " not fit."
+    )
+    assert not test.has_masks
+    assert [sample.mask is None for sample in test.samples if sample.label] == [0, 0, 1, 0]
+    assert len(list(test)) == 6
+    with pytest.raises(SimpleNetError, match="450x450, but its image is 448x448[.]$"):
+        ImageFiles([Sample(root / "part/test/broken_large/003.png", "x", mask)], TRANSFORM)[0]
 
 
 def test_other_files_and_hidden_ones_are_ignored(root):
@@ -171,18 +189,18 @@ def test_missing_or_empty_folders_say_which(root):
     check_refused(f"{root / 'nowhere'}: no such folder.", root / "nowhere")
     check_refused("no category 'prat'. Found: part.", root, "prat")
     check_refused("'part' as the category", part, "part")
-    check_refused("no CATEGORY/train/good inside", part / "test", "part")
-    check_refused("no train/good inside", root / "part", "test")
+    check_refused("holds no category. What can be read: ", part / "train" / "good", "part")
+    check_refused("no such folder", root / "part" / "nothing", "test")
     for path in (part / "test").rglob("*.png"):
         path.unlink()
     for path in (part / "ground_truth").rglob("*.png"):
         path.unlink()
-    check_refused(f"{part / 'test'}: no images in its folders.", root)
+    check_refused(f"{part}: no images to test with. Found 3 normal images to train on.", root)
     (part / "test").rename(part / "tset")
-    check_refused(f"{part / 'test'}: no such folder.", root)
+    check_refused(f"{part}: no images to test with.", root)
     for path in (part / "train" / "good").iterdir():
         path.unlink()
-    check_refused(f"{part / 'train' / 'good'}: no normal images (.bmp", root, split="train")
+    check_refused(f"{part}: no normal images to train on. Found nothing.", root, split="train")
 
 
 def test_category_as_root_is_named_even_from_inside(root, monkeypatch):
@@ -213,7 +231,7 @@ def test_photos_of_a_folder_are_normal_samples_in_order(tmp_path):
         Sample(tmp_path / name, "good") for name in ("C.PNG", "a.jpg", "b.png")
     ]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SimpleNetError, match="^.*/empty: no normal images [(].bmp, .*[)].$"):
+    with pytest.raises(SimpleNetError, match="^.*/empty: no normal images. What can be read: "):
         photos(tmp_path / "empty")
 
 
@@ -249,7 +267,7 @@ def test_eight_bit_modes_give_the_colours_they_stand_for(tmp_path):
     assert np.unique(np.asarray(read_image(bit))).tolist() == [255]
     saved = [
         save(tmp_path / "rgb.png", color=colour),
-        save(tmp_path / "rgba.png", mode="RGBA", color=(*colour, 128)),
+        save(tmp_path / "rgba.png", mode="RGBA", color=(*colour, 255)),
         save(tmp_path / "rgb.bmp", color=colour),
         save(tmp_path / "rgb.tiff", color=colour),
         save(tmp_path / "rgb.webp", color=colour, lossless=True),
@@ -282,10 +300,133 @@ def test_cmyk_jpeg_and_what_telephones_write(tmp_path):
     assert np.asarray(read_image(tmp_path / "phone.jpg")).min() == 255  # the first one
 
 
-def test_floating_point_image_is_refused(tmp_path):
-    path = save(tmp_path / "float.tiff", mode="F", color=0.5)
-    with pytest.raises(SimpleNetError, match="floating-point pixels"):
-        read_image(path)
+# Depth
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["I;16 png", "I;16 tiff", "I tiff", "F tiff"])
+def test_every_depth_in_every_file_is_as_bright_as_with_8_bits(tmp_path, bits, kind):
+    mode, suffix = kind.split()
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    white = 2**bits - 1
+    grey = np.arange(256).reshape(16, 16)
+    path = tmp_path / f"deep.{suffix}"
+    stored = np.round(grey * white / 255)
+    Image.fromarray(stored.astype(dtype)).save(path)
+    checked = check([Sample(path, "good")])
+    assert checked.white == white and not checked.notes and not checked.damaged
+    found = np.asarray(read_image(path, white=checked.white))[..., 0].astype(int)
+    assert np.abs(found - grey).max() <= 1
+    item = ImageFiles([Sample(path, "good")], make_transform(16, 16), checked.white)[0]
+    expected = (grey / 255 - IMAGENET_MEAN[0]) / IMAGENET_STD[0]
+    assert np.abs(item["image"][0].numpy() - expected).max() < 0.02
+
+
+def test_floating_point_not_a_number_and_infinity(tmp_path):
+    values = np.array([[0, 0.5, 1, np.nan, np.inf, -np.inf, -3, 0.25]] * 4, dtype=np.float32)
+    Image.fromarray(values).save(tmp_path / "float.tiff")
+    checked = check([Sample(tmp_path / "float.tiff", "good")])
+    assert checked.white == 1
+    found = np.asarray(read_image(tmp_path / "float.tiff", white=1))
+    assert found[0, :, 0].tolist() == [0, 127, 255, 0, 255, 0, 0, 63]
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nothing.tiff")
+    assert check([Sample(tmp_path / "nothing.tiff", "good")]).white == 1
+    assert not np.asarray(read_image(tmp_path / "nothing.tiff")).any()
+
+
+@given(st.floats(1e-9, 1e9), st.booleans())
+def test_white_is_full_scale_of_the_depth_that_holds_the_highest_value(highest, floating):
+    value = highest if floating else math.ceil(highest)
+    white = white_level(value, floating)
+    assert value <= white
+    assert white < 4 * value + 4 or white == 255
+    assert white_level(white, floating) == white
+
+
+def test_the_white_level_of_a_set_is_that_of_its_normal_images(tmp_path):
+    def deep(name, high):
+        Image.fromarray(np.linspace(0, high, 64, dtype=np.uint16).reshape(8, 8)).save(
+            tmp_path / name
+        )
+        return tmp_path / name
+
+    samples = [Sample(deep("a.png", 900), "good"), Sample(deep("b.png", 3000), "good")]
+    samples += [Sample(deep("c.png", 60000), "hole"), Sample(save(tmp_path / "8.png"), "good")]
+    assert check(samples).white == 4095
+    assert check(samples, white=20000).white == 20000
+    assert check(samples[3:]).white == 0
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(SimpleNetError, match="f.tiff: floating point, but .*a.png: whole numbers"):
+        check([*samples, Sample(tmp_path / "f.tiff", "good")])
+
+
+def test_a_set_that_uses_a_small_part_of_its_range_is_told(tmp_path):
+    values = np.full((64, 64), 700, dtype=np.uint16)
+    values[5, 5] = 65535  # a broken pixel
+    Image.fromarray(values).save(tmp_path / "hot.png")
+    (note,) = check([Sample(tmp_path / "hot.png", "good")]).notes
+    assert "use 1.1% of their range. White is 65535" in note and "--white" in note
+    assert not check([Sample(tmp_path / "hot.png", "good")], white=1023).notes
+    (note,) = check([Sample(save(tmp_path / "dark.png", color=(9, 12, 3)), "good")]).notes
+    assert "use 4.7% of their range" in note
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "P", "L", "RGB"])
+def test_what_is_transparent_is_laid_on_white(tmp_path, mode):
+    if mode in ("P", "L", "RGB"):  # one value or colour is transparent
+        image = Image.new(mode, (4, 2), 0)
+        image.info["transparency"] = (0, 0, 0) if mode == "RGB" else 0
+        image.save(tmp_path / "a.png", transparency=image.info["transparency"])
+    else:
+        image = Image.new("RGBA", (4, 2), (0, 0, 0, 0)).convert("LA" if mode == "LA" else "RGBA")
+        if mode == "PA":
+            image = Image.new("RGBA", (4, 2), (0, 0, 0, 0)).quantize(4)
+        image.save(tmp_path / "a.png")
+    assert (np.asarray(read_image(tmp_path / "a.png")) == 255).all()
+    half = save(tmp_path / "half.png", mode="RGBA", color=(200, 100, 50, 128))
+    assert np.abs(np.asarray(read_image(half)).astype(int) - (227, 177, 152)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_deep_images_are_turned_upright_too(tmp_path, mode, orientation):
+    dtype = {"I;16": np.uint16, "I;16B": ">u2", "I": np.int32, "F": np.float32}[mode]
+    stored = np.arange(24).reshape(4, 6)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(stored.astype(dtype)).save(tmp_path / "a.tiff", exif=exif)
+    found = np.asarray(read_image(tmp_path / "a.tiff", white=255))[..., 0]
+    assert np.array_equal(found, UPRIGHT[orientation](stored))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "format"),
+    [
+        *((".jfif", "JPEG"), (".GIF", "GIF"), (".pgm", "PPM"), (".jp2", "JPEG2000")),
+        *((".avif", "AVIF"), (".heic", "HEIF"), (".dib", "DIB"), (".ppm", "PPM")),
+    ],
+)
+def test_formats_of_phones_browsers_and_cameras_are_read(tmp_path, suffix, format):
+    if format == "HEIF":
+        pytest.importorskip("pillow_heif")
+    pixels = np.full((32, 48, 3), 100, dtype=np.uint8)
+    pixels[8:16, 8:24] = 200
+    image = Image.fromarray(pixels).convert("L" if suffix == ".pgm" else "RGB")
+    image.save(tmp_path / f"a{suffix}", format)
+    assert image_files(tmp_path) == [tmp_path / f"a{suffix}"]
+    found = np.asarray(read_image(tmp_path / f"a{suffix}")).astype(int)
+    assert np.abs(found - pixels).mean() < 4
+
+
+@pytest.mark.parametrize("format", ["TIFF", "GIF", "PNG", "WEBP"])
+def test_of_several_pages_the_first_is_read_and_that_is_said(tmp_path, format):
+    pages = [Image.new("RGB", (8, 8), color) for color in ("white", "black", "red")]
+    path = tmp_path / f"a.{format.lower()}"
+    pages[0].save(path, format, save_all=True, append_images=pages[1:])
+    assert (np.asarray(read_image(path)) == 255).all()
+    one = Sample(save(tmp_path / "one.png", color=(255, 255, 255)), "good")
+    (note,) = check([Sample(path, "good"), one]).notes
+    assert note == "1 of the files have several pages or frames: the first of each is read."
 
 
 # What a viewer does to the stored pixels, by EXIF orientation (numbers of the EXIF standard).
@@ -390,6 +531,107 @@ def test_palette_mask_empty_mask_and_full_mask(tmp_path):
     assert np.asarray(read_mask(tmp_path / "palette.png")).sum() == 16 * 8
     assert not np.asarray(read_mask(save(tmp_path / "empty.png", mode="L"))).any()
     assert np.asarray(read_mask(save(tmp_path / "full.png", mode="L", color=255))).all()
+
+
+LABELS = {
+    "labels 1, 2, 3": [1, 2, 3],
+    "shades of LOCO": [253, 254, 255],
+    "a label beside 255": [1, 1, 255],
+    "many instances": [1, 90, 200],
+}
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB", "F"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_every_value_but_the_background_is_defect(tmp_path, kind, mode):
+    values = np.zeros((48, 64), dtype=np.uint8)
+    for number, value in enumerate(LABELS[kind]):
+        values[8:20, 4 + 20 * number : 16 + 20 * number] = value
+    image = Image.fromarray(values)
+    if mode == "P":
+        image = Image.fromarray(values).convert("P")
+        image.putpalette(
+            [part for number in range(256) for part in (number, 0, 255 * (number > 0))]
+        )
+    elif mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16))
+    elif mode == "F":
+        image = Image.fromarray(values.astype(np.float32))
+    elif mode == "RGB":
+        image = Image.merge("RGB", [Image.new("L", image.size), image, image])
+    path = tmp_path / ("mask.tiff" if mode == "F" else "mask.png")
+    image.save(path)
+    assert np.array_equal(np.asarray(read_mask(path)), values > 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("under", [0, 255])
+def test_a_mask_painted_on_transparency_is_read_by_it(tmp_path, mode, under):
+    values = np.full((48, 64, 4), under, dtype=np.uint8)
+    values[..., 3] = 0
+    values[4:12, 8:24, 3] = 200
+    Image.fromarray(values).convert(mode).save(tmp_path / "mask.png")
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "mask.png")), values[..., 3] > 0)
+
+
+@pytest.mark.parametrize("quality", [98, 90, 75, 50])
+@pytest.mark.parametrize("again", [False, True])
+def test_seams_of_jpeg_are_no_defect_even_when_saved_as_png_again(tmp_path, quality, again):
+    rows, columns = np.mgrid[:96, :128]
+    mask = (rows - 40) ** 2 + (columns - 60) ** 2 < 20**2
+    mask[80, 10:100] = True
+    Image.fromarray((255 * mask).astype(np.uint8)).save(tmp_path / "mask.jpg", quality=quality)
+    path = tmp_path / "mask.jpg"
+    with Image.open(path) as image:
+        assert ((np.asarray(image) > 0) != mask).sum() > 50
+        if again:
+            path = tmp_path / "mask.png"
+            image.save(path)
+    assert (np.asarray(read_mask(path)) != mask).sum() <= 8
+
+
+def test_several_masks_of_one_image_are_merged(tmp_path):
+    for number in range(3):
+        values = np.zeros((8, 8), dtype=np.uint8)
+        values[number, number] = 250 + number
+        (tmp_path / "000").mkdir(exist_ok=True)
+        Image.fromarray(values).save(tmp_path / "000" / f"{number}.png")
+    assert np.array_equal(np.argwhere(read_mask(tmp_path / "000")), [[0, 0], [1, 1], [2, 2]])
+    save(tmp_path / "000/3.png", (9, 8), "L")
+    with pytest.raises(SimpleNetError, match="000: its masks differ in size"):
+        read_mask(tmp_path / "000")
+
+
+@given(
+    places=st.lists(st.tuples(st.integers(0, 89), st.integers(0, 119)), min_size=1, max_size=12),
+    size=st.tuples(st.integers(8, 100), st.integers(8, 100)),
+)
+def test_no_region_of_a_mask_is_lost_by_shrinking(places, size):
+    """Each region keeps a pixel where it was; pixels the nearest rule gives stay as they are."""
+    mask = torch.zeros(1, 90, 120, dtype=torch.uint8)
+    for row, column in places:
+        mask[0, row : row + 2, column] = 1
+    image = torch.zeros(3, 90, 120, dtype=torch.uint8)
+    _, small = make_transform(size, size)(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    nearest = v2.functional.resize(mask, list(size), interpolation=v2.InterpolationMode.NEAREST)
+    assert ((small > 0) | (nearest == 0)).all()
+    regions, count = ndimage.label(mask[0], np.ones((3, 3)))
+    added = np.argwhere((small > nearest)[0].numpy())
+    assert len(added) <= count
+    for row, column in added:  # lies where a pixel of a region is, one pixel of the result around
+        scale = np.array([90, 120]) / size
+        low, high = (np.array([row, column]) + np.array([[-0.5], [1.5]])) * scale
+        (r0, c0), (r1, c1) = np.floor(low).astype(int).clip(0), np.ceil(high).astype(int)
+        assert regions[r0:r1, c0:c1].any()
+    for region in range(1, count + 1):
+        rows, columns = np.nonzero(regions == region)
+        spots = (np.stack([rows, columns], 1) + 0.5) * np.array(size) / (90, 120)
+        assert any(
+            small[0, r, c]
+            for row, column in spots.astype(int)
+            for r in range(max(0, row - 1), min(size[0], row + 2))
+            for c in range(max(0, column - 1), min(size[1], column + 2))
+        )
 
 
 # What is no image
@@ -614,3 +856,213 @@ def test_batches_have_the_documented_shapes_and_types(root):
         assert batch["mask"].any(dim=(1, 2)).tolist() == [True, True, False, False, True]
         assert batch["label"].tolist() == [1, 1, 0, 0, 1]
         assert batch["index"].tolist() == [0, 1, 2, 3, 4]
+
+
+# Layouts people have
+
+SETS = {
+    # what lies in the folder, then: trained on, tested by kind, masks
+    "OK and NG": (["OK/{}", "NG/{}"], 4, {"good": 1, "NG": 5}, 0),
+    "good and bad": (["Good/{}", "BAD/{}", "bad/mon/{}"], 4, {"good": 1, "BAD": 5, "bad": 5}, 0),
+    "normal and anomalies by name": (["normal/{}", "dent/{}"], 4, {"good": 1, "dent": 5}, 0),
+    "not_ok": (["ok_front/{}", "not_ok/{}"], 4, {"good": 1, "not_ok": 5}, 0),
+    "splits in capitals": (
+        ["Train/Good/{}", "Test/GOOD/{}", "Test/Hole/{}", "Ground_Truth/hole/{}_Mask"],
+        *(5, {"good": 5, "Hole": 5}, 5),
+    ),
+    "days and cameras": (
+        [
+            *("train/good/mon/{}", "train/good/tue/{}", "test/good/mon/cam1/{}"),
+            *("test/hole/cam1/{}", "ground_truth/hole/cam1/{}_gt"),
+            *("test/hole/cam2/{}", "ground_truth/hole/cam2/{}_seg"),
+        ],
+        *(10, {"good": 5, "hole": 10}, 10),
+    ),
+    "train without good": (["train/mon/{}", "train/{}", "test/ng/{}"], 10, {"ng": 5}, 0),
+    "defects in train": (["train/ok/{}", "train/ng/{}", "train/x/{}"], 5, {}, 0),
+    "two that are good": (["train/good/{}", "train/OK/{}"], 10, {}, 0),
+    "masks of the image's name": (
+        ["train/good/{}", "test/hole/{}", "masks/hole/{}"],
+        *(5, {"hole": 5}, 5),
+    ),
+    "masks in one folder": (["OK/{}", "NG/x{}", "masks/x{}_label"], 4, {"good": 1, "NG": 5}, 5),
+    "masks beside": (
+        ["train/good/{}", "test/hole/{}", "test/hole/{}_mask", "test/good/{}", "test/good/{}_mask"],
+        *(5, {"good": 5, "hole": 5}, 5),
+    ),
+    "LOCO": (
+        ["train/good/{}", "validation/good/{}", "test/good/{}", "test/logical_anomalies/{}"]
+        + [f"ground_truth/logical_anomalies/{{}}/00{n}" for n in range(3)],
+        *(5, {"good": 5, "logical_anomalies": 5}, 5),
+    ),
+    "VisA": (
+        ["Data/Images/Normal/{}", "Data/Images/Anomaly/{}", "Data/Masks/Anomaly/{}"],
+        *(4, {"good": 1, "Anomaly": 5}, 5),
+    ),
+    "3D-AD": (
+        [f"{where}/{side}/{{}}" for where in ("train/good", "test/good") for side in ("rgb", "xyz")]
+        + [f"test/crack/{side}/{{}}" for side in ("rgb", "xyz", "gt")],
+        *(5, {"good": 5, "crack": 5}, 5),
+    ),
+    "AD 2": (
+        [
+            *("train/good/{}_regular", "validation/good/{}", "test_private/{}"),
+            *("test_private_mixed/{}", "test_public/good/{}_regular"),
+            *("test_public/bad/{}_regular", "test_public/ground_truth/bad/{}_regular_mask"),
+        ],
+        *(5, {"good": 5, "bad": 5}, 5),
+    ),
+}
+
+
+def make(folder: Path, names: list[str]) -> int:
+    for name in names:
+        for number in range(5):
+            save(folder / f"{name.format(f'{number:03}')}.png", (4, 4))
+    return 5 * len(names)
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_the_layouts_that_people_have(tmp_path, kind):
+    names, trained, tested, masks = SETS[kind]
+    count = make(tmp_path / "part", names)
+    found = find_samples(tmp_path / "part")
+    assert categories(tmp_path) == ["part"]
+    assert len(found.train) == trained and {s.label for s in found.train} == {0}
+    kinds = [sample.defect for sample in found.test]
+    assert {kind: kinds.count(kind) for kind in kinds} == tested
+    with_mask = [sample for sample in found.test if sample.mask]
+    assert len(with_mask) == masks
+    for sample in with_mask:  # the number of an image is in its name, and in that of its mask
+        assert sample.image.stem.removesuffix("_regular").lstrip("x") in str(sample.mask)
+        assert len({part for part in ("cam1", "cam2") if part in str(sample)}) <= 1
+    said = found.summary()
+    assert f"{trained} normal images to train on" in said
+    assert all(f"{number} {kind}" in said for kind, number in tested.items())
+    in_test = {sample.image for sample in found.test} | {sample.image for sample in found.train}
+    assert len(in_test) == len(found.train) + len(found.test)
+    assert sum(found.passed.values()) <= count - len(in_test)
+    if tested:
+        test = AnomalyDataset(tmp_path, "part", "test", TRANSFORM)
+        assert test.samples == found.test and len(list(test)) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train/good/{}", "test/cam1/good/{}", "test/cam1/hole/{}"], "test/cam1/good: good or a"),
+        (["train/good/{}", "test/good/bad/{}"], "test/good/bad: good or a defect?"),
+        (["train/ng/{}", "test/good/{}"], "no normal images to train on. Found 5 images in test/g"),
+        (["NG/{}", "bad/{}"], "no normal images to train on. Found 5 images in NG, 5 images in ba"),
+        (["train/good/{}", "test/a/{}", "test/a/{}x", "masks/b/{}"], "a mask without an image"),
+    ],
+)
+def test_what_is_not_understood_is_said_with_what_was_seen(tmp_path, names, said):
+    make(tmp_path / "part", names)
+    with pytest.raises(SimpleNetError) as caught:
+        find_samples(tmp_path / "part")
+    assert said in str(caught.value) and str(caught.value).startswith(f"{tmp_path / 'part'}")
+
+
+def test_a_folder_of_photos_is_not_trusted_where_names_say_otherwise(tmp_path):
+    make(tmp_path / "days", ["mon/{}", "tue/cam1/{}", "images/{}", "{}"])
+    assert len(photos(tmp_path / "days")) == 20
+    for name in ("x/bottle/test/broken/{}", "mon/NG/{}", "y/masks/{}", "{}_label"):
+        make(tmp_path / "mixed", ["{}"])
+        make(tmp_path / "mixed", [name])
+        with pytest.raises(SimpleNetError, match="not photos of good parts alone, for it holds"):
+            photos(tmp_path / "mixed")
+        shutil.rmtree(tmp_path / "mixed")
+    make(tmp_path / "deep", ["sets/bottle/train/good/{}", "sets/bottle/test/broken/{}"])
+    with pytest.raises(SimpleNetError, match="Name .*/deep/sets as the data"):
+        photos(tmp_path / "deep")
+
+
+def test_what_systems_leave_and_what_cannot_be_read_is_passed_over_and_counted(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "SUB/deeper/B.JPG")
+    for name in ("@eaDir", "__MACOSX", ".ipynb_checkpoints", ".git/x", "$RECYCLE.BIN"):
+        save(tmp_path / name / "thumb.png")
+    for name in ("Thumbs.db", ".DS_Store", "._a.png", "desktop.ini", "SUB/.b.png"):
+        (tmp_path / name).write_text("not a photo")
+    for name in ("notes.txt", "SUB/raw.CR2", "README"):
+        (tmp_path / name).write_text("not a photo")
+    (tmp_path / "lost.png").symlink_to("nowhere.png")
+    (tmp_path / "empty").mkdir()
+    passed: Counter[str] = Counter()
+    assert image_files(tmp_path, passed) == [tmp_path / "SUB/deeper/B.JPG", tmp_path / "a.png"]
+    assert passed == {
+        "hidden or the system's": 10,
+        **{".txt": 1, ".cr2": 1, "without a suffix": 1},
+        "links to what is read already or to nothing": 1,
+    }
+    assert passed_over(passed).startswith("14 files passed over (1 .cr2, 1 .txt, 10 hidden or")
+    save(tmp_path / ".mine/c.png")  # what you name yourself may be hidden
+    assert image_files(tmp_path / ".mine") == [tmp_path / ".mine/c.png"]
+
+
+def test_heic_without_its_plug_in_is_named_with_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "a.HEIC").write_bytes(b"")
+    monkeypatch.setattr("simplenet_lib.dataset.SUFFIXES", {".png"})
+    with pytest.raises(SimpleNetError, match=r"1 .heic, which needs: pip install 'simplenet_lib\["):
+        photos(tmp_path, Counter())
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    save(tmp_path / "else/1.png")
+    save(tmp_path / "photos/2.png")
+    save(tmp_path / "photos/mon/3.png")
+    for name, target in {
+        **{"a": "../else", "b": "../else", "again": "mon", "up": "..", "self": "."},
+        "mon/back": "../../photos",
+    }.items():
+        (tmp_path / "photos" / name).symlink_to(target)
+    found = image_files(tmp_path / "photos")
+    assert [path.name for path in found] == ["2.png", "1.png", "3.png"]
+    assert len({path.resolve() for path in found}) == 3
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    save(tmp_path / "closed/b.png")
+    opened = Path.iterdir
+
+    def iterdir(path: Path):  # root may open everything, so a mode would not do
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return opened(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    passed: Counter[str] = Counter()
+    assert image_files(tmp_path, passed) == [tmp_path / "a.png"]
+    assert f"1 folder {tmp_path / 'closed'}, which cannot be opened" in passed_over(passed)
+    with pytest.raises(SimpleNetError, match="closed: cannot be opened [(]Permission denied[)]"):
+        image_files(tmp_path / "closed")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("good", "good"), ("OK", "good"), ("Normal", "good"), ("ok_front", "good")),
+        *(("no-defect", "good"), ("defect_free", "good"), ("NG", "bad"), ("Bad", "bad")),
+        *(("not_ok", "bad"), ("abnormal", "bad"), ("def_front", "bad"), ("notok", "bad")),
+        *(("scratch", None), ("goods", None), ("book", None), ("bent_wire", None), ("cam1", None)),
+    ],
+)
+def test_names_that_say_good_or_bad(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_all_damaged_files_are_named_at_once(root):
+    broken = [root / f"part/{name}" for name in ("train/good/001.png", "test/broken/000.png")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    (root / "part/train/good/002.png").write_bytes(b"")
+    mask = root / "part/ground_truth/scratch/000_mask.png"
+    mask.write_bytes(b"no image")
+    found = find_samples(root / "part")
+    damaged = check(found.train + found.test).damaged
+    scratched = root / "part/test/scratch/000.png"
+    assert damaged.keys() == {*broken, root / "part/train/good/002.png", scratched}
+    assert damaged[scratched].startswith(f"{mask}: not a readable image")
+    assert "(the file is empty)" in damaged[root / "part/train/good/002.png"]

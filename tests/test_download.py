@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,10 @@ BODY = bytes(range(256)) * 4096  # 1 MiB
 
 def sha(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
+
+
+#: What is kept of file.bin when its download breaks off.
+PART = f".file.bin.{sha(BODY)[:8]}.part"
 
 
 def unused_port() -> int:
@@ -83,7 +88,7 @@ def test_fetch_replaces_a_damaged_file(loopback: Loopback, tmp_path: Path) -> No
         ("malformed host", "label empty"),
     ],
 )
-def test_fetch_leaves_nothing_and_a_second_call_succeeds(
+def test_fetch_keeps_a_part_at_most_and_a_second_call_succeeds(
     loopback: Loopback, tmp_path: Path, trouble: str, words: str
 ) -> None:
     url = {
@@ -106,27 +111,83 @@ def test_fetch_leaves_nothing_and_a_second_call_succeeds(
         fetch(url, tmp_path / "file.bin", sha(BODY), timeout=0.3)
     message = str(caught.value)
     assert words in message and url in message and is_one_sentence(message), message
-    assert list(tmp_path.iterdir()) == []
+    breaks = trouble in ("stalls in the middle", "closes in the middle")
+    assert ("goes on from there" in message) == breaks
+    assert files_in(tmp_path) == ([PART] if breaks else [])
 
-    loopback.answer = loopback.whole(BODY)
+    loopback.answer = loopback.whole(BODY)  # a server that knows no ranges
     fetch(f"{loopback.url}/f", tmp_path / "file.bin", sha(BODY))
     assert (tmp_path / "file.bin").read_bytes() == BODY
+    assert files_in(tmp_path) == ["file.bin"]
 
 
-def test_ctrl_c_leaves_nothing_and_a_second_call_succeeds(
+def test_a_download_goes_on_where_it_broke(loopback: Loopback, tmp_path: Path) -> None:
+    third = len(BODY) // 3
+    loopback.answer = loopback.rest(BODY, send=third)
+    for _ in range(2):
+        with pytest.raises(SimpleNetError, match="goes on from there"):
+            fetch(loopback.url, tmp_path / "file.bin", sha(BODY))
+    got = (tmp_path / PART).stat().st_size
+    assert 0 < got <= 2 * third and (tmp_path / PART).read_bytes() == BODY[:got]
+    loopback.answer = loopback.rest(BODY)
+    fetch(loopback.url, tmp_path / "file.bin", sha(BODY))
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+    assert loopback.ranges[0] is None and loopback.ranges[-1] == f"bytes={got}-"
+    assert files_in(tmp_path) == ["file.bin"]
+
+
+def test_what_was_killed_before_its_name_was_given_is_not_fetched_again(
     loopback: Loopback, tmp_path: Path
 ) -> None:
+    (tmp_path / PART).write_bytes(BODY)
+    loopback.answer = loopback.rest(BODY)
+    fetch(loopback.url, tmp_path / "file.bin", sha(BODY))
+    assert files_in(tmp_path) == ["file.bin"]
+    assert len(loopback.requests) == 1  # answered with 416
+
+
+@pytest.mark.parametrize("part", [b"of another file", BODY + b"too long", b""])
+def test_a_part_of_another_file_is_thrown_away(
+    loopback: Loopback, tmp_path: Path, part: bytes
+) -> None:
+    (tmp_path / PART).write_bytes(part)
+    loopback.answer = loopback.rest(BODY)
+    fetch(loopback.url, tmp_path / "file.bin", sha(BODY))
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+    assert files_in(tmp_path) == ["file.bin"]
+
+
+def test_two_downloads_at_once_do_not_spoil_each_other(loopback: Loopback, tmp_path: Path) -> None:
+    loopback.answer = loopback.rest(BODY)
+    both = [
+        threading.Thread(target=fetch, args=(loopback.url, tmp_path / "file.bin", sha(BODY)))
+        for _ in range(2)
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+    assert files_in(tmp_path) == ["file.bin"]
+    assert len(loopback.requests) == 1  # the second waits, and finds the first one's
+
+
+def test_after_ctrl_c_the_download_goes_on_from_there(loopback: Loopback, tmp_path: Path) -> None:
     def interrupt() -> None:
+        while not (tmp_path / PART).exists() or not (tmp_path / PART).stat().st_size:
+            time.sleep(0.001)
         press_ctrl_c()
         loopback.closing.wait()
 
-    loopback.answer = loopback.half(BODY, then=interrupt)
+    loopback.answer = loopback.rest(BODY, send=len(BODY) // 2, then=interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch(loopback.url, tmp_path / "file.bin", sha(BODY))
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == [PART]
 
-    loopback.answer = loopback.whole(BODY)
+    loopback.answer = loopback.rest(BODY)
     fetch(loopback.url, tmp_path / "file.bin", sha(BODY))
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+    assert loopback.ranges[-1] is not None
     assert files_in(tmp_path) == ["file.bin"]
 
 
@@ -359,11 +420,11 @@ def test_interrupted_unpacking_leaves_no_half_and_keeps_the_archive(
     assert len(loopback.requests) == 1
 
 
-def test_interrupted_download_leaves_nothing(loopback: Loopback, root: Path) -> None:
+def test_interrupted_download_leaves_no_category(loopback: Loopback, root: Path) -> None:
     loopback.answer = loopback.half(ARCHIVE, then=press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         get(loopback, root, "cable")
-    assert list(root.iterdir()) == []
+    assert not (root / "cable").exists() and not (root / f".{download.MVTEC_FILE}").exists()
     loopback.answer = loopback.whole(ARCHIVE)
     get(loopback, root, "cable")
     assert files_in(root) == CABLE
