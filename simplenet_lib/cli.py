@@ -201,12 +201,7 @@ def train(
     else:
         print("No test images with and without a defect: nothing to evaluate.")
     scored = done.report["scored_unseen"]
-    if config.quantile == 1:
-        print(
-            f"The threshold is the highest score of {scored} good photos, each scored by heads"
-            " that have not seen it: expect about"
-            f" {1 / (scored + 1):.1%} false alarms on good photos like them."
-        )
+    print(promise(scored, config.false_alarms))
     oddest = ", ".join(
         f"{name} ({score:.2f})" for name, score in done.report["oddest_training_images"].items()
     )
@@ -557,6 +552,18 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise SimpleNetError("no CUDA device found. Use --device cpu.")
     return name
+
+
+def promise(count: int, false_alarms: float) -> str:
+    """What can be said of false alarms at a threshold from ``count`` good photos."""
+    from simplenet_lib.localization import allowed
+
+    rank = max(1, allowed(count, false_alarms))
+    which = "highest score" if rank == 1 else f"number {rank} of the highest scores"
+    return (
+        f"The threshold is the {which} of {count} good photos, each scored by heads that have"
+        f" not seen it: expect about {rank / (count + 1):.1%} false alarms on photos like them."
+    )
 
 
 def _as_json(report: dict[str, Any]) -> bytes:

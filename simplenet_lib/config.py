@@ -73,9 +73,10 @@ class Config:
     smoothing : float
         Standard deviation, in pixels of the network's input, of the Gaussian
         that smooths the anomaly map.
-    quantile : float
-        Quantile of the normal images' scores that becomes the threshold, each given
-        by heads that have not seen it.
+    false_alarms : float
+        Share of normal images that may be called anomalous: so many of the training
+        images' scores, each by heads that have not seen it, lie above the threshold. 0 for
+        none of them.
     seed : int
         Seed from which split, initial parameters, order and noise draw separate streams.
     """
@@ -105,7 +106,7 @@ class Config:
     averaging: float = 0.0
     position_units: bool = False
     smoothing: float = 4.0
-    quantile: float = 1.0
+    false_alarms: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ class Config:
             "discriminator_lr": (0, 10),
             "averaging": (0, 0.9999),
             "smoothing": (0, 100),
-            "quantile": (0, 1),
+            "false_alarms": (0, 0.5),
             "seed": (0, 2**31 - 1),
         }
         for name, (low, high) in limits.items():
@@ -236,7 +237,7 @@ PRESETS = {
         averaging=0.99,
         position_units=True,
         smoothing=8.0,
-        quantile=0.95,
+        false_alarms=0.05,
     ),
     "paper": Config(
         preset="paper",

@@ -58,21 +58,28 @@ def image_score(maps: Tensor) -> Tensor:
     return maps.amax(dim=(1, 2))
 
 
-def threshold(normal_scores: Tensor, quantile: float) -> float:
+def threshold(normal_scores: Tensor, false_alarms: float) -> float:
     """Score above which an image counts as anomalous.
 
-    The smallest observed score at or above the quantile, so that an image must
-    score higher than a normal image that was really seen.
+    The k-th highest of n scores, with the largest k that keeps k / (n + 1) within
+    ``false_alarms``: of images that come in no particular order, a new one is equally
+    likely to take each of the n + 1 places. The highest score if there are too few for that.
 
     Parameters
     ----------
     normal_scores : Tensor
         Scores of normal images that were not trained on, (N,). Scores of
         defects have no place here: a test set cannot choose the threshold.
-    quantile : float
-        Between 0 and 1.
+    false_alarms : float
+        Share of normal images that may be called anomalous, 0 to 0.5.
     """
-    return float(np.quantile(normal_scores.numpy(), quantile, method="higher"))
+    rank = max(1, allowed(len(normal_scores), false_alarms))
+    return float(normal_scores.sort(descending=True).values[rank - 1])
+
+
+def allowed(count: int, false_alarms: float) -> int:
+    """The largest k with k / (count + 1) within ``false_alarms``."""
+    return math.floor(false_alarms * (count + 1) + 1e-9)
 
 
 @dataclass(frozen=True)

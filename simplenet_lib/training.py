@@ -551,7 +551,7 @@ def calibrate(
             )
         values += float(np.median(shifts))
     model.typical = float(np.median(values))
-    model.threshold = threshold(torch.from_numpy(values), config.quantile)
+    model.threshold = threshold(torch.from_numpy(values), config.false_alarms)
     if model.threshold <= model.typical:  # a single image, or all alike
         model.threshold = model.typical + 1.0
     result = np.full(len(folds), np.nan, dtype=np.float32)

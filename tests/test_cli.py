@@ -166,8 +166,11 @@ def test_train_names_the_oddest_photos_and_says_what_the_threshold_means(
     assert "expect about 11.1% false alarms" in printed
     written = ["run/model.safetensors", "run/metrics.json", "run/examples.png"]
     assert printed.splitlines()[-3:] == written
-    printed = simplenet("train", "--data", data, "--output", "lower", *SET, "--set", "quantile=0.9")
-    assert "false alarms on good photos" not in printed
+    printed = simplenet(
+        "train", "--data", data, "--output", "lower", *SET, "--set", "false_alarms=0.25"
+    )
+    assert "number 2 of the highest scores of 8 good photos" in printed
+    assert "expect about 22.2% false alarms" in printed
     assert "The training photos that look least normal: " in printed
 
 

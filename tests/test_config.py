@@ -37,7 +37,8 @@ WRONG_VALUES = {
     "discriminator_lr": [-1e-4, 11],
     "averaging": [-0.1, 1, 0.99995],
     "smoothing": [-1, 101],
-    "quantile": [-0.1, 1.1],
+    "white": [-1, 2**32 + 1],
+    "false_alarms": [-0.1, 0.6],
     "seed": [-1, 2**31],
 }
 
@@ -91,7 +92,7 @@ def test_choices_are_refused_with_those_there_are(name):
 
 
 def test_an_integer_does_for_a_float_and_the_limits_themselves_are_allowed():
-    assert preset("fast", margin=1, sigma=0, smoothing=0, quantile=0, averaging=0).margin == 1
+    assert preset("fast", margin=1, sigma=0, smoothing=0, false_alarms=0, averaging=0).margin == 1
     assert preset("fast", resize=32, crop=32, neighbourhood=1, batch_size=2, steps=1).crop == 32
     assert preset("fast", ratio=10, heads=100, averaging=0.9999, adaptor_scale=1e-6).heads == 100
 
@@ -169,7 +170,7 @@ configurations = st.builds(
     discriminator_lr=st.floats(0, 10),
     smoothing=st.floats(0, 100),
     averaging=st.floats(0, 0.9999),
-    quantile=st.floats(0, 1),
+    false_alarms=st.floats(0, 0.5),
     seed=st.integers(0, 2**31 - 1),
 )
 

@@ -46,7 +46,7 @@ ALONE = np.array([-1, -1, 0, -1, 0, -1])  # one head, trained without images 2 a
 def toy(**changes: Any) -> Config:
     values = {"adaptor_channels": 6, "hidden_channels": 4, "steps": 120, "batch_size": 32}
     values |= {"standardise": True, "batchnorm": True, "adaptor_scale": 1.0, "sigma": 0.5}
-    values |= {"loss": "cross-entropy", "heads": 3, "averaging": 0.9, "quantile": 1.0}
+    values |= {"loss": "cross-entropy", "heads": 3, "averaging": 0.9, "false_alarms": 0.0}
     values |= {"position_units": True}
     return preset("fast", **{**values, "adaptor_lr": 1e-2, "discriminator_lr": 2e-2, **changes})
 
@@ -633,7 +633,7 @@ def by_hand(
     values: np.ndarray,
     folds: np.ndarray,
     *,
-    quantile: float = 1.0,
+    false_alarms: float = 0.0,
     limit: int = 50,
     positions: bool = True,
 ) -> dict[str, Any]:
@@ -684,7 +684,7 @@ def by_hand(
             differences.append(everyone - score(units[seen, image].mean(axis=0), number))
         shift = float(np.median(differences))
     scores += shift
-    threshold = np.sort(scores)[int(np.ceil(quantile * (len(scores) - 1)))]
+    threshold = np.sort(scores)[-max(1, int(false_alarms * (len(scores) + 1)))]
     result = {"centre": centre, "spread": spread, "level": level, "scale": scale}
     return result | {"own": scores, "fresh": fresh, "shift": shift, "threshold": threshold}
 
@@ -698,17 +698,19 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("positions", [True, False])
 @pytest.mark.parametrize(
-    ("heads", "quantile", "limit"), [(6, 1.0, 50), (3, 1.0, 2), (2, 0.6, 50), (1, 1.0, 50)]
+    ("heads", "false_alarms", "limit"), [(6, 0.0, 50), (3, 0.0, 2), (2, 0.45, 50), (1, 0.0, 50)]
 )
 def test_calibration_by_hand(
-    heads: int, quantile: float, limit: int, positions: bool, monkeypatch: pytest.MonkeyPatch
+    heads: int, false_alarms: float, limit: int, positions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_module, "SHIFT_IMAGES", limit)
     count = min(heads, 3)
     folds = np.arange(11) % count if heads > 1 else np.array([-1, 0, -1, -1, 0, 0, 0, -1, 0, -1, 0])
-    model = units_of(heads=heads, quantile=quantile, position_units=positions)
+    model = units_of(heads=heads, false_alarms=false_alarms, position_units=positions)
     values = random_maps(11)
-    expected = by_hand(model, values, folds, quantile=quantile, limit=limit, positions=positions)
+    expected = by_hand(
+        model, values, folds, false_alarms=false_alarms, limit=limit, positions=positions
+    )
     scores = calibrate(model, feature_maps(values), folds)
     for name in ("centre", "spread", "level", "scale"):
         np.testing.assert_allclose(
@@ -724,10 +726,10 @@ def test_calibration_by_hand(
     in_units = (expected["own"] - typical) / (threshold - typical)
     np.testing.assert_allclose(scores[expected["fresh"]], in_units, atol=1e-2)
     assert np.nanmedian(scores) == pytest.approx(0, abs=1e-5)
-    if quantile == 1:
+    if not false_alarms:
         assert np.nanmax(scores) == pytest.approx(1, abs=1e-5)
     else:
-        assert (scores > 1 + 1e-5).sum() == 4  # 7 of 11 are at or below the 0.6 quantile
+        assert (scores > 1 + 1e-5).sum() == 4  # 5 of 12 is within 0.45
 
 
 def test_few_images_say_nothing_of_single_positions() -> None:

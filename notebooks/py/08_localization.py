@@ -277,26 +277,33 @@ print("image score of the toy:", image_score(toy_map).tolist())
 # %% [markdown]
 # ### Threshold
 #
-# Equation {eq}`eq-threshold` takes the maximum, `quantile=1`. With many held-out images you may
-# rather accept that, say, one normal image in a hundred is called anomalous, `quantile=0.99`. A
-# quantile mostly falls between two scores. `method="higher"` takes the upper one, so that the
-# threshold is always the score of a normal image that was really seen.
+# Equation {eq}`eq-threshold` takes the maximum. With many held-out images you may rather accept
+# that, say, one normal image in twenty is called anomalous. A new normal image takes each of the
+# $n + 1$ places among $n$ others with the same chance. So it lies above the $k$-th highest of them
+# with the chance $k / (n + 1)$, and the largest $k$ that keeps this within the share you accept
+# gives the threshold.
 
 
 # %% tags=["library"]
-def threshold(normal_scores: Tensor, quantile: float) -> float:
+def threshold(normal_scores: Tensor, false_alarms: float) -> float:
     """Score above which an image counts as anomalous, from held-out normal images (N,)."""
-    return float(np.quantile(normal_scores.numpy(), quantile, method="higher"))
+    rank = max(1, allowed(len(normal_scores), false_alarms))
+    return float(normal_scores.sort(descending=True).values[rank - 1])
+
+
+def allowed(count: int, false_alarms: float) -> int:
+    """The largest k with k / (count + 1) within ``false_alarms``."""
+    return math.floor(false_alarms * (count + 1) + 1e-9)
 
 
 # %% [markdown]
-# By hand, for five held-out images with scores 10 to 50. Quantile 1 is the last, 50. Quantile 0.5
-# is the middle one, 30. Quantile 0.6 lies at place $0.6 \cdot 4 = 2.4$, counted from 0; the next
-# score up is at place 3, which is 40.
+# By hand, for five held-out images with scores 10 to 50. No false alarms: the highest, 50. One in
+# three: $2/6$ is just within it, the second highest, 40. One in two: $3/6$, the third, 30. One in
+# ten: $1/6$ is already more than that, and five images cannot promise it; still the highest.
 
 # %%
 five = torch.tensor([30.0, 10.0, 50.0, 20.0, 40.0])
-print([threshold(five, quantile) for quantile in (0.5, 0.6, 1.0)])
+print([threshold(five, share) for share in (0, 1 / 3, 1 / 2, 1 / 10)])
 
 # %% [markdown]
 # ## Check it
@@ -322,7 +329,7 @@ assert np.abs(ours - mirrored).max() > 0.01
 level = anomaly_map(torch.full((1, 8, 8), 7.0), 64, smoothing=5.0)[0]
 assert (level[inside, inside] - 7).abs().max() < 1e-4 and level[0, 0] < 7 / 2
 assert image_score(toy_map).tolist() == [16]
-assert [threshold(five, quantile) for quantile in (0.5, 0.6, 1.0)] == [30, 40, 50]
+assert [threshold(five, share) for share in (0, 1 / 3, 1 / 2, 1 / 10)] == [50, 40, 30, 50]
 print("OK: equal to the loop and SciPy's filter; a level map stays level away from its border")
 
 # %% [markdown]
@@ -670,8 +677,8 @@ plt.show()
 
 # %%
 held_out_scores = image_score(cached_maps(model, normal_features, held_out))
-assert math.isclose(threshold(held_out_scores, quantile=1.0), 1, abs_tol=1e-3)
-print(f"threshold: {threshold(held_out_scores, quantile=1.0):.2f}")
+assert math.isclose(threshold(held_out_scores, false_alarms=0), 1, abs_tol=1e-3)
+print(f"threshold: {threshold(held_out_scores, false_alarms=0):.2f}")
 
 # %% tags=["nbval-ignore-output"]
 verdicts = scores.numpy() > 1

@@ -554,30 +554,30 @@ assert math.isclose(cost(0.01, 0.5, 0.01, 1, 100), 509.9)
 print("OK: the four costs worked by hand")
 
 # %% [markdown]
-# Now for the nut. Each threshold is a quantile of the scores of the 20 good test images: quantile 1
-# is the highest of them, quantile 0.5 calls half of them anomalous. **This is an illustration.** It
+# Now for the nut. Each threshold is one of the scores of the 20 good test images: the highest calls
+# none of them anomalous, the tenth highest almost half. **This is an illustration.** It
 # reads both rates off the {term}`test set`, and a test set must not choose anything. In your
-# project the threshold is a quantile of your held-out good photos, and the prices tell you
-# which quantile to ask for. The share of missed defects you have to guess, until you have met some.
+# project the threshold comes from held-out good photos, and the prices tell you
+# how many false alarms to accept. The share of missed defects you have to guess, until you have met some.
 
 # %%
-quantiles = np.linspace(0, 1, 21)
-limits = [threshold(torch.from_numpy(good), quantile) for quantile in quantiles]
+shares = np.arange(11) / 21
+limits = [threshold(torch.from_numpy(good), min(share, 0.5)) for share in shares]
 costs = {
     miss: [cost((good > t).mean(), (defects > t).mean(), 0.01, 1, miss) for t in limits]
     for miss in (10, 100, 1000)
 }
 best = {miss: int(np.argmin(values)) for miss, values in costs.items()}
-assert quantiles[best[10]] >= quantiles[best[100]] >= quantiles[best[1000]]
+assert shares[best[10]] <= shares[best[100]] <= shares[best[1000]]
 print("OK: the dearer a miss, the lower the best threshold")
 
-# %% mystnb={"image": {"alt": "Three curves of cost against the quantile. For misses that cost 10 or 100 the curve falls and is lowest close to quantile 1. For misses that cost 1000 it falls, then rises again, steeply at the end; its lowest point lies further left."}, "figure": {"caption": "Expected cost of 1,000 nuts, 1% of them with a defect, in units of one false alarm. Rates from the test set, as an illustration; dots mark the lowest cost.", "name": "fig-photos-cost"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three curves of cost against the accepted share of false alarms. For misses that cost 10 or 100 the curve is lowest at or near 0 and rises. For misses that cost 1000 it falls first; its lowest point lies further right."}, "figure": {"caption": "Expected cost of 1,000 nuts, 1% of them with a defect, in units of one false alarm. Rates from the test set, as an illustration; dots mark the lowest cost.", "name": "fig-photos-cost"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
 for (miss, values), style in zip(costs.items(), (":", "--", "-"), strict=True):
-    axis.plot(quantiles, values, style, color="0.2", label=f"a miss costs {miss:,}")
-    axis.plot(quantiles[best[miss]], values[best[miss]], "o", color=DEFECT, clip_on=False)
+    axis.plot(shares, values, style, color="0.2", label=f"a miss costs {miss:,}")
+    axis.plot(shares[best[miss]], values[best[miss]], "o", color=DEFECT, clip_on=False)
 axis.set_ylim(0)
-axis.set_xlabel("threshold, as a quantile of the good photos' scores")
+axis.set_xlabel("share of false alarms that the threshold accepts")
 axis.set_ylabel("cost of 1,000 parts\n(false alarms)")
 axis.set_title("Only dear misses are worth many false alarms")
 axis.legend()
@@ -586,7 +586,7 @@ plt.show()
 # %% [markdown]
 # Defects are rare: 990 good parts against 10. That is why even misses at 100 times the price of a
 # false alarm leave a high threshold the cheapest here. In the configuration it is one number,
-# `quantile`: with many held-out photos, `--set quantile=0.9` accepts about one false alarm in ten.
+# `false_alarms`: `--set false_alarms=0.1` accepts about one false alarm in ten.
 #
 # ## Are these photos like those?
 #
@@ -1097,7 +1097,7 @@ assert outside["out of focus"] == outside["as they are"] == 0
 #   no defect may be in it.
 # - The highest score of $n$ held-out photos gives $1/(n+1)$ false alarms on average, with a wide
 #   spread for small $n$; 59 photos promise at most 5%. Both assume exchangeable photos.
-# - Prices decide which quantile becomes the threshold. The threshold itself comes from good photos.
+# - Prices decide how many false alarms to accept. The threshold itself comes from good photos.
 # - Light, sharpness and mean features notice a change of the whole picture, and no defect. They miss
 #   mild darkening and a shift, and they are a hint, not a test.
 # - The ONNX file holds everything from pixels to score, where 1 is the threshold, agrees with PyTorch
