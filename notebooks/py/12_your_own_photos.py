@@ -47,6 +47,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
 # %%
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -770,7 +771,8 @@ def verdict(session: onnxruntime.InferenceSession, path: Path) -> tuple[float, b
     """Score of a photo, and whether it is anomalous."""
     facts = session.get_modelmeta().custom_metadata_map
     (height, width), (tall, wide) = json.loads(facts["size"]), json.loads(facts["seen"])
-    with Image.open(path) as file:
+    # From memory, as the library: a TIFF that Pillow maps from the disk stays lying on its side.
+    with Image.open(io.BytesIO(path.read_bytes())) as file:
         image = as_rgb(ImageOps.exif_transpose(file), json.loads(facts["config"])["white"])
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     top, left = round((height - tall) / 2), round((width - wide) / 2)
