@@ -537,7 +537,7 @@ def test_mistakes_are_noticed_before_training(data: Path, refused: Callable[...,
     mask.with_name("777_mask.png").unlink()
     assert "Give every one a mask, or none" in train()
     shutil.rmtree(data / "cloth/train/good")
-    assert "no normal images to train on. Found 1 images in test/cut" in train()
+    assert "no normal images to train on. Found to test with 2 good, 1 cut" in train()
     (data / "cloth/train/good").mkdir()
     assert "no normal images" in train()
 
