@@ -620,7 +620,7 @@ assert abs(nut["Gaussian"]["image_auroc"] - nut["SimpleNet"]["image_auroc"]) < 0
 # middle of all defects, and a normal one. Each detector has one colour scale for both rows: it
 # begins at the median of the normal test images' maps and ends at the highest value of the two maps shown.
 
-# %% mystnb={"image": {"alt": "Two rows of five panels. Upper row: a nut with a defect, outlined, and four maps of it. The pixel map is bright along the edges of the nut; the other three have their brightest spot at the defect. Lower row: a normal nut; its pixel map is as bright as that of the defect, its other maps have weaker spots."}, "figure": {"caption": "A nut with a defect (outlined) and a normal nut, seen by four detectors. Each detector has its own scale, the same in both rows.", "name": "fig-ablation-maps"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Two rows of five panels. Upper row: a nut with a defect, outlined, and four maps of it. The pixel map is bright at a corner of the nut, far from the defect; the other three have their brightest spot at the defect. Lower row: a normal nut; its pixel map is as bright as that of the defect, the other three are nearly dark."}, "figure": {"caption": "A nut with a defect (outlined) and a normal nut, seen by four detectors. Each detector has its own scale, the same in both rows.", "name": "fig-ablation-maps"}} tags=["hide-input"]
 defects = np.flatnonzero(labels)
 order = defects[nut_scores["SimpleNet"][defects].argsort()]
 rows = (int(order[len(order) // 2]), int(np.flatnonzero(labels == 0)[3]))
@@ -712,7 +712,7 @@ for metric, line in zip(("image_auroc", "aupro"), axes, strict=True):
 for axis, category in zip(axes[0], CATEGORIES, strict=True):
     axis.set_title(category)
 axes[0, 0].set_yticks(range(4), ["pixels", "Gaussian", "neighbour", "SimpleNet"])
-axes[0, 0].invert_yaxis()
+axes[0, 0].set_ylim(3.5, -0.5)
 figure.suptitle("Baselines localise better on two sets and rank better on none", fontsize="medium")
 plt.show()
 
