@@ -71,7 +71,7 @@ GOOD = {"good", "ok", "normal"}
 BAD = {"bad", "ng", "nok", "abnormal", "anomaly", "anomalies", "anomalous", "faulty", "nogood"}
 BAD |= {"defect", "defects", "defective", "def", "notok"}
 NOT = {"no", "not", "non", "without", "free"}
-MASK_SUFFIX = re.compile(r"[ ._-](mask|gt|label|seg)$", re.IGNORECASE)
+MASK_SUFFIX = re.compile(r"(?<=.)[ ._-](mask|gt|label|seg)$", re.IGNORECASE)
 LAYOUTS = (
     "What can be read: a folder of good photos alone; folders OK and NG; or train/good, test/good,"
     " test/DEFECT and, if there are masks, ground_truth/DEFECT."
@@ -293,7 +293,10 @@ def is_category(folder: Path) -> bool:
     inside = {path.name.lower(): path for path in _folders(folder)}
     if "data" in inside and inside.keys() == {"data"}:
         return any(path.name.lower() == "images" for path in _folders(inside["data"]))
-    return bool(inside.keys() & TRAIN) or any(map(kind_of, inside))
+    if inside.keys() & TRAIN:
+        return True
+    below = {path.name.lower() for one in inside.values() for path in _folders(one)}
+    return any(map(kind_of, inside)) and not below & TRAIN  # those are categories, beside others
 
 
 def categories(root: Path) -> list[str]:
@@ -386,6 +389,10 @@ def _by_kind(places: Sequence[_Place], found: Found) -> None:
     normal: list[Sample] = []
     for place in places:
         kind = kind_of(place.kind)
+        if set(map(str.lower, place.parts)) & (TRAIN | TEST):
+            raise SimpleNetError(
+                f"{place.image.parent}: train or test inside of a folder that is neither. {LAYOUTS}"
+            )
         if place.split:
             found.passed[f"in {place.split}, not used"] += 1
         elif kind == "good" or (not sure and kind is None):
