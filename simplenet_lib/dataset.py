@@ -34,7 +34,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from simplenet_lib.config import SimpleNetError
+from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
 
 try:  # phones' HEIC files: the optional extra `heic`
@@ -71,7 +71,7 @@ GOOD = {"good", "ok", "normal"}
 BAD = {"bad", "ng", "nok", "abnormal", "anomaly", "anomalies", "anomalous", "faulty", "nogood"}
 BAD |= {"defect", "defects", "defective", "def", "notok"}
 NOT = {"no", "not", "non", "without", "free"}
-MASK_SUFFIX = re.compile(r"[ ._-](mask|gt|label|seg)$", re.IGNORECASE)
+MASK_SUFFIX = re.compile(r"(?<=.)[ ._-](mask|gt|label|seg)$", re.IGNORECASE)
 LAYOUTS = (
     "What can be read: a folder of good photos alone; folders OK and NG; or train/good, test/good,"
     " test/DEFECT and, if there are masks, ground_truth/DEFECT."
@@ -293,7 +293,10 @@ def is_category(folder: Path) -> bool:
     inside = {path.name.lower(): path for path in _folders(folder)}
     if "data" in inside and inside.keys() == {"data"}:
         return any(path.name.lower() == "images" for path in _folders(inside["data"]))
-    return bool(inside.keys() & TRAIN) or any(map(kind_of, inside))
+    if inside.keys() & TRAIN:
+        return True
+    below = {path.name.lower() for one in inside.values() for path in _folders(one)}
+    return any(map(kind_of, inside)) and not below & TRAIN  # those are categories, beside others
 
 
 def categories(root: Path) -> list[str]:
@@ -386,6 +389,10 @@ def _by_kind(places: Sequence[_Place], found: Found) -> None:
     normal: list[Sample] = []
     for place in places:
         kind = kind_of(place.kind)
+        if set(map(str.lower, place.parts)) & (TRAIN | TEST):
+            raise SimpleNetError(
+                f"{place.image.parent}: train or test inside of a folder that is neither. {LAYOUTS}"
+            )
         if place.split:
             found.passed[f"in {place.split}, not used"] += 1
         elif kind == "good" or (not sure and kind is None):
@@ -522,6 +529,91 @@ def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image
     return as_rgb(_open(path, data), white)
 
 
+def as_picture(
+    source: Path | str | bytes | Image.Image | NDArray[Any],
+    name: str,
+    channels: Literal["rgb", "bgr"] = "rgb",
+    white: float = 0,
+) -> Image.Image:
+    """Any image of a program's as upright 8-bit RGB.
+
+    Parameters
+    ----------
+    source : Path, str, bytes, Image or ndarray
+        A file or its bytes; an image of Pillow's, of any mode; or an array (H, W), (H, W, 1),
+        (H, W, 3) or (H, W, 4): of uint8; of floating point from 0 to ``white``; of uint16
+        if ``white`` is known.
+    name : str
+        What an error calls it.
+    channels : {"rgb", "bgr"}
+        Order of the channels of an array; OpenCV's is ``"bgr"``.
+    white : float
+        See :func:`as_rgb`.
+
+    Raises
+    ------
+    SimpleNetError
+        If it cannot be read, or could be meant in more than one way.
+    """
+    if channels not in ("rgb", "bgr"):
+        raise SimpleNetError(f"channels is '{channels}', not rgb or bgr.")
+    if channels == "bgr" and not isinstance(source, np.ndarray):
+        raise SimpleNetError(f"{name}: channels='bgr' is for arrays; a file says its order itself.")
+    if isinstance(source, str | Path):
+        return read_image(Path(source), white=white)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return read_image(Path(name), bytes(source), white)
+    if isinstance(source, Image.Image):
+        try:
+            return as_rgb(ImageOps.exif_transpose(source), white)
+        except Exception as error:  # it may be a damaged file that is decoded only now
+            raise SimpleNetError(f"{name}: not a readable image ({error}).") from error
+    if not isinstance(source, np.ndarray):
+        raise SimpleNetError(
+            f"{name}: a {type(source).__name__}. Give a path, bytes, a Pillow image or a NumPy"
+            " array of height, width and channels."
+        )
+    return _array_as_picture(source, name, channels, white)
+
+
+def _array_as_picture(array: NDArray[Any], name: str, channels: str, white: float) -> Image.Image:
+    what = f"{name}: an array of {array.dtype} and shape {array.shape}"
+    if array.ndim == 4:
+        raise SimpleNetError(f"{what}. Several images? Give them as a list.")
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        raise SimpleNetError(f"{what}. Channels come last: array.transpose(1, 2, 0).")
+    if array.ndim not in (2, 3) or array.size == 0 or array.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise SimpleNetError(f"{what}. Expected height, width and 1, 3 or 4 channels.")
+    if array.dtype == np.uint16 and not white:
+        raise SimpleNetError(
+            f"{what}. The model was trained on photos of 8 bits and knows no white level for 16:"
+            " give uint8."
+        )
+    if array.dtype.kind == "f":
+        top = white or 1
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= top):  # NaN, too
+            raise SimpleNetError(
+                f"{what} holds values from {low:g} to {high:g}. Floating point goes from 0 to"
+                f" {top:g}; or give uint8."
+            )
+    elif array.dtype not in (np.uint8, np.uint16):
+        raise SimpleNetError(f"{what}. Give uint8 from 0 to 255, or floating point from 0 to 1.")
+    planes = array[..., None] if array.ndim == 2 else array
+    if channels == "bgr" and planes.shape[2] >= 3:
+        planes = planes[..., [2, 1, 0, *range(3, planes.shape[2])]]
+    if planes.dtype == np.uint8:
+        eight = [planes[..., number] for number in range(planes.shape[2])]
+    else:
+        deep = np.float32 if planes.dtype.kind == "f" else np.uint16
+        eight = [
+            np.asarray(as_rgb(Image.fromarray(planes[..., number].astype(deep)), white))[..., 0]
+            for number in range(planes.shape[2])
+        ]
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[len(eight)]
+    return as_rgb(Image.merge(mode, [Image.fromarray(plane) for plane in eight]))
+
+
 def read_mask(path: Path) -> Image.Image:
     """Read a mask as 8-bit 0 and 1: every value but that of the background, 0, is defect.
 
@@ -610,6 +702,26 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
     return transform
 
 
+def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, int]:
+    """The central part of a ``width`` x ``height`` image that the network sees.
+
+    Returns
+    -------
+    tuple of int
+        Left, top, right, bottom in pixels.
+    """
+    edges = []
+    for length, whole, seen in zip(
+        (width, height), config.size[::-1], config.seen[::-1], strict=True
+    ):
+        offset = round((whole - seen) / 2)  # as CenterCrop rounds it
+        edges.append([round(length * at / whole) for at in (offset, offset + seen)])
+    (left, right), (top, bottom) = edges
+    # Of an image of a few pixels at least one is seen.
+    left, top = min(left, width - 1), min(top, height - 1)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
 def keep_regions(
     mask: tv_tensors.Mask, small: tv_tensors.Mask, resize: v2.Resize
 ) -> tv_tensors.Mask:
@@ -638,6 +750,17 @@ def keep_regions(
     kept = small.clone()
     kept[0, rows, columns] = 1
     return tv_tensors.Mask(kept)
+
+
+def as_seen(
+    picture: Image.Image, marked: Image.Image, transform: Transform
+) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) and mask (H, W) of bool as the network sees them."""
+    image, mask = transform(
+        tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
+        tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
+    )
+    return image.as_subclass(Tensor), mask.as_subclass(Tensor)[0] > 0
 
 
 def shape_of(samples: Sequence[Sample]) -> float:
@@ -819,16 +942,8 @@ class ImageFiles(Dataset[Item]):
         """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
         picture, marked = _read(sample, data, self.white)
-        image, mask = self.transform(
-            tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
-            tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
-        )
-        return {
-            "image": image.as_subclass(Tensor),
-            "mask": mask.as_subclass(Tensor)[0] > 0,
-            "label": sample.label,
-            "index": index,
-        }
+        image, mask = as_seen(picture, marked, self.transform)
+        return {"image": image, "mask": mask, "label": sample.label, "index": index}
 
 
 class AnomalyDataset(ImageFiles):

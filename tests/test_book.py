@@ -61,7 +61,7 @@ TAUGHT = {
     "11_benchmark": (["benchmark"], {"mean_and_deviation"}),
     "12_your_own_photos": (
         ["export", "localization", "dataset"],
-        {"photos", "Detector"},
+        {"as_rgb", "Detector"},
     ),
 }
 SOLUTION = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -27,10 +27,12 @@ from simplenet_lib.dataset import (
     AnomalyDataset,
     ImageFiles,
     Sample,
+    as_rgb,
     categories,
     check,
     find_samples,
     image_files,
+    is_category,
     kind_of,
     make_transform,
     passed_over,
@@ -955,6 +957,7 @@ def test_the_layouts_that_people_have(tmp_path, kind):
         (["train/ng/{}", "test/good/{}"], "no normal images to train on. Found 5 images in test/g"),
         (["NG/{}", "bad/{}"], "no normal images to train on. Found 5 images in NG, 5 images in ba"),
         (["train/good/{}", "test/a/{}", "test/a/{}x", "masks/b/{}"], "a mask without an image"),
+        (["bottle/train/good/{}", "bad_old/{}"], "bottle/train/good: train or test inside of a f"),
     ],
 )
 def test_what_is_not_understood_is_said_with_what_was_seen(tmp_path, names, said):
@@ -962,6 +965,14 @@ def test_what_is_not_understood_is_said_with_what_was_seen(tmp_path, names, said
     with pytest.raises(SimpleNetError) as caught:
         find_samples(tmp_path / "part")
     assert said in str(caught.value) and str(caught.value).startswith(f"{tmp_path / 'part'}")
+
+
+def test_a_folder_of_categories_beside_one_called_bad_is_no_category(tmp_path):
+    make(tmp_path, ["bottle/train/good/{}", "nut/train/good/{}", "bad_old/{}"])
+    assert not is_category(tmp_path)
+    assert categories(tmp_path) == ["bottle", "nut"]
+    save(tmp_path / "nut/train/good/_mask.png")  # a name that is nothing but the ending
+    assert len(photos(tmp_path / "nut/train/good")) == 6
 
 
 def test_a_folder_of_photos_is_not_trusted_where_names_say_otherwise(tmp_path):
@@ -1066,3 +1077,37 @@ def test_all_damaged_files_are_named_at_once(root):
     assert damaged.keys() == {*broken, root / "part/train/good/002.png", scratched}
     assert damaged[scratched].startswith(f"{mask}: not a readable image")
     assert "(the file is empty)" in damaged[root / "part/train/good/002.png"]
+
+
+CHAPTER = Path(__file__).parent.parent / "notebooks/py/12_your_own_photos.py"
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B", "F"]
+
+
+@pytest.mark.parametrize("white", [0, 200])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_reader_without_torch_gives_what_the_library_gives(tmp_path, mode, white):
+    """That of chapter 12, whose `as_rgb` is the library's by a test of its cells."""
+    grey = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(12, 16))
+    image = grey.convert(mode) if not mode.startswith(("I", "F")) else grey
+    if mode in ("P", "PA"):
+        image = Image.merge("RGBA", [grey, grey, grey, grey.rotate(180)]).quantize(8)
+    elif mode in ("LA", "RGBA"):
+        image.putalpha(grey.rotate(180))
+    elif mode.startswith(("I", "F")):
+        dtype = {"I": np.int32, "I;16": np.uint16, "I;16B": ">u2", "F": np.float32}[mode]
+        image = Image.fromarray(np.asarray(grey).astype(dtype))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    png = mode in ("PA", "P", "LA", "RGBA")
+    path = tmp_path / ("a.png" if png else "a.tiff")
+    image.save(path, exif=exif)
+    chapter = CHAPTER.read_text()
+    assert 'as_rgb(ImageOps.exif_transpose(file), json.loads(facts["config"])["white"])' in chapter
+    assert "with Image.open(io.BytesIO(path.read_bytes())) as file:" in chapter
+    with Image.open(io.BytesIO(path.read_bytes())) as file:
+        theirs = as_rgb(ImageOps.exif_transpose(file), white)
+    ours = read_image(path, white=white)
+    assert (ours.mode, ours.size) == (theirs.mode, theirs.size) == ("RGB", (12, 16))
+    assert ours.tobytes() == theirs.tobytes()
+    # Below 257 of 65535 all is black.
+    assert (len(set(ours.tobytes())) > 1) == (white > 0 or not mode.startswith("I"))

@@ -238,6 +238,7 @@ def root(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)
     (tmp_path / "part" / "train" / "good").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "part" / "train" / "good" / "0.png")
     return tmp_path
 
 

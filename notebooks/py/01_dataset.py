@@ -252,15 +252,15 @@ for image in sorted(test.glob("*/*.png"))[::12]:
 # The library gives the triple of image, kind of defect and mask a name, `Sample`. The label follows
 # from the folder's name, so it is computed and not stored.
 #
-# `image_files` lists a folder. It sorts, because the operating system promises no order, and it
-# leaves out what is not an image, such as the hidden files that some systems put beside your
-# photos. `SUFFIXES` and `FORMATS` are the file types that the library reads.
+# `image_files` lists a folder and the folders inside it. It sorts, because the operating system
+# promises no order, and it leaves out what is not an image and what some systems hide beside your
+# photos; these it counts. `FORMATS` are the file types that the library reads.
 #
 # The next cell, and every cell below whose first line says so, is the library's own code. Only its
 # docstrings are shorter here.
 
 # %%
-from simplenet_lib.dataset import FORMATS, SUFFIXES
+from simplenet_lib.dataset import FORMATS, image_files
 
 print(", ".join(FORMATS))
 
@@ -282,23 +282,14 @@ class Sample:
         return int(self.defect != "good")
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files directly inside ``folder``, hidden ones left out, sorted by name."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-
-
 # %% [markdown]
 # ### Reading an image and a mask
 #
 # `Image.open(path).convert("RGB")` reads most images. Cameras are less uniform than that: some save
 # grey images, some save 16 bits, some save a picture lying on its side with a note about how to
 # turn it. And a damaged file should be named. `read_file` and `_open` take care of the turning and
-# the naming. `read_image` takes care of the rest: whatever is in the file, you get 8-bit RGB. Who
-# has read the file's bytes already, as the cache of [chapter 2](02_features.ipynb) has, hands them
+# the naming. `as_rgb` takes care of the rest: whatever is in the file, you get 8-bit RGB, and what is
+# transparent lies on white. `read_image` does both. Who has read the file's bytes already, as the cache of [chapter 2](02_features.ipynb) has, hands them
 # over as `data`.
 
 # %% tags=["library"]
@@ -314,44 +305,70 @@ def read_file(path: Path) -> bytes:
 
 
 def _open(path: Path, data: bytes | None = None) -> Image.Image:
-    """Decode an image completely and turn it upright; ``data`` are its bytes, if already read."""
+    """Decode an image's first page and turn it upright; ``data`` are its bytes, if read."""
     data = read_file(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+        raise SimpleNetError(_not_readable(path, error)) from error
     return image
 
 
-def read_image(path: Path, data: bytes | None = None) -> Image.Image:
-    """Read an image of 8 or 16 bits, grey, palette or colour, as upright 8-bit RGB."""
-    image = _open(path, data)
-    if image.mode == "F":
-        raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):  # 16 bit: 65535 is white
-        values = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255)
-        image = Image.fromarray(values.astype(np.uint8))
+def _not_readable(path: Path, error: Exception) -> str:
+    reason = "the file is empty" if path.exists() and not path.stat().st_size else str(error)
+    large = isinstance(error, Image.DecompressionBombError)
+    hint = " If it is a scan of that size, allow it with --max-pixels." if large else ""
+    return f"{path}: not a readable image ({reason}).{hint}"
+
+
+def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
+    """An image of any depth, with or without transparency, as 8-bit RGB."""
+    if image.mode.startswith(("I", "F")):
+        white = white or (1 if image.mode == "F" else 65535)
+        values = np.nan_to_num(np.clip(np.asarray(image, dtype=np.float64), 0, white))
+        # 0.001: a product that should be whole may be a little less.
+        image = Image.fromarray(np.floor(values * (255 / white) + 0.001).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image.Image:
+    """Read an image of any depth, grey, palette or colour, as upright 8-bit RGB."""
+    return as_rgb(_open(path, data), white)
+
+
 # %% [markdown]
-# A mask has one channel, and its values are 0 and something else: 255 in some data sets, 1 in
-# others. `read_mask` makes 0 and 1 of both. It compares with half of the mask's maximum. Comparing
-# with 0 would do for a clean file, but a mask that was once saved as JPEG has faint traces around
-# its edge.
+# In a mask every value but 0 is defect: 255 in some data sets, 1 in others, 1, 2 and 3 for three
+# kinds of defect. `read_mask` makes 0 and 1 of all these. Comparing with 0 would do for a clean file,
+# but a mask that was once saved as JPEG has faint traces around its edge. So values in the lowest
+# quarter count as background if they are scattered; labels fill areas. Two details are imported:
+# how one value a pixel is got from palettes, colours and transparency, and what "fills an area" is.
+
+# %%
+from simplenet_lib.dataset import MaskSizeError, _fills_areas, _mask_values, keep_regions
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
 
 
 def read_mask(path: Path) -> Image.Image:
-    """Read a mask whose values are 0 and any other, mostly 255 or 1, as 8-bit 0 and 1."""
+    """Read a mask as 8-bit 0 and 1: every value but that of the background, 0, is defect."""
+    if path.is_dir():
+        several = [read_mask(file) for file in image_files(path)]
+        if len({mask.size for mask in several}) > 1:
+            raise MaskSizeError(f"{path}: its masks differ in size.")
+        return Image.fromarray(np.maximum.reduce([np.asarray(mask) for mask in several]))
     image = _open(path)
-    values = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
-    # Half the maximum, not 0: JPEG leaves faint traces around a mask.
-    return Image.fromarray((values > values.max() / 2).astype(np.uint8))
+    values = _mask_values(image)
+    high = values.max()
+    low = (values > 0) & (values <= high / 4)
+    if high > 32 and not _fills_areas(values, low):
+        values = np.where(low, 0, values)
+    return Image.fromarray((values > 0).astype(np.uint8))
 
 
 # %%
@@ -365,11 +382,11 @@ with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "mask.jpg"
     Image.fromarray(clean).save(path)
     above_zero = np.asarray(Image.open(path)) > 0
-    above_half = np.asarray(read_mask(path)) > 0
+    as_read = np.asarray(read_mask(path)) > 0
 marked = clean > 0
 print("marked in the mask:", marked.sum(), "pixels")
 print("JPEG, above 0: more than 100 others marked:", (above_zero & ~marked).sum() > 100)
-print("JPEG, above half: wrong pixels:", (above_half != marked).sum())
+print("JPEG, by read_mask: wrong pixels:", (as_read != marked).sum())
 
 # %% [markdown]
 # Predict before you run: the nut photos are 256 pixels wide and high. What are the shapes and the
@@ -429,6 +446,10 @@ print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 # normalises each colour. The mean and the standard deviation for that last step are those of the
 # network of [chapter 2](02_features.ipynb), which was trained on images normalised in this way.
 #
+# One thing nearest interpolation can lose: a defect of a pixel or two in a large photo, when no pixel of
+# it happens to be the nearest. Then no metric could count it. So `keep_regions` marks one pixel for
+# every connected region that would be gone, and changes nothing else.
+#
 # What it returns is a function, which the library calls a `Transform`: it takes an image and a mask
 # and returns both.
 
@@ -441,15 +462,22 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> Transform:
     """Resize, cut out the centre, normalise; image and mask together."""
-    height, width = (size, size) if isinstance(size, int) else size
-    transform: Transform = v2.Compose(
+    resize = v2.Resize((size, size) if isinstance(size, int) else size, antialias=True)
+    rest = v2.Compose(
         [
-            v2.Resize((height, width), antialias=True),
             v2.CenterCrop(crop),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
+
+    def transform(image: tv_tensors.Image, mask: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        small_image, small_mask = resize(image, mask)
+        if mask.any():
+            small_mask = keep_regions(mask, small_mask, resize)
+        both: tuple[Tensor, Tensor] = rest(small_image, small_mask)
+        return both
+
     return transform
 
 
@@ -477,9 +505,10 @@ class Item(TypedDict):
 class ImageFiles(Dataset[Item]):
     """Images read from disk and transformed together with their masks."""
 
-    def __init__(self, samples: list[Sample], transform: Transform) -> None:
+    def __init__(self, samples: list[Sample], transform: Transform, white: float = 0) -> None:
         self.samples = samples
         self.transform = transform
+        self.white = white
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -493,7 +522,7 @@ class ImageFiles(Dataset[Item]):
     def item(self, index: int, data: bytes | None = None) -> Item:
         """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
-        picture, marked = _read(sample, data)
+        picture, marked = _read(sample, data, self.white)
         image, mask = self.transform(
             tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
             tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
@@ -506,14 +535,16 @@ class ImageFiles(Dataset[Item]):
         }
 
 
-def _read(sample: Sample, data: bytes | None = None) -> tuple[Image.Image, Image.Image]:
+def _read(
+    sample: Sample, data: bytes | None = None, white: float = 0
+) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
-    picture = read_image(sample.image, data)
+    picture = read_image(sample.image, data, white)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
     mask = read_mask(sample.mask)
     if mask.size != picture.size:
-        raise SimpleNetError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
+        raise MaskSizeError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
     return picture, mask
 
 
@@ -602,8 +633,9 @@ print("map:     ", pixel_map(new, mean, variance, delta=1.0).flatten(1).tolist()
 # ## Check it
 #
 # The library's `AnomalyDataset` should find the same files. What it has beyond your short version
-# is error messages: a folder that is missing or empty, a mask without an image, a mask of another
-# size, defects of which only some have masks. It looks for all of this before any training starts.
+# are the layouts of other data sets, such as folders OK and NG, and error messages: a folder that is
+# missing or empty, a mask without an image, defects of which only some have masks. It looks for all
+# of this before any training starts. A mask of another size than its image is left out and named.
 
 # %%
 from simplenet_lib.dataset import AnomalyDataset
@@ -836,8 +868,8 @@ print("less than half of the two areas in common:", bool(overlap < 0.5))
 # %% [markdown]
 # ### A mask of another size
 #
-# Someone scaled the masks but not the images. The library refuses, and says in one sentence what it
-# found. Without the check, a resize to 256 would make both fit and hide the mistake. The message
+# Someone scaled the masks but not the images. The library does not use such a mask, and says in one
+# sentence what it found. Without the check, a resize to 256 would make both fit and hide the mistake. The message
 # starts with the path of the file, which is left out here.
 
 # %%
@@ -863,8 +895,9 @@ except SimpleNetError as error:
 # three equal channels.
 #
 # One trap is left. A camera with 12 bits may store its values, 0 to 4,095, in a 16-bit file as they
-# are. Then white is 4,095, nobody can know that from the file, and the image comes out almost
-# black. Multiply such images by 16 before you use them.
+# are. Then white is 4,095, and taken for 65,535 the image comes out almost black. One file does not
+# say so, but all training photos together do: no value exceeds 4,095. `simplenet train` looks for
+# the highest value and stores the white of that depth in the model; `--white 4095` states it.
 
 # %%
 grey = np.asarray(read_image(scratch.image).convert("L"))
@@ -876,9 +909,11 @@ with tempfile.TemporaryDirectory() as folder:
     right = np.asarray(read_image(path))
     Image.fromarray(grey.astype(np.uint16) * 16).save(path)
     twelve_bits = np.asarray(read_image(path))
+    stated = np.asarray(read_image(path, white=16 * 255))
 print("Pillow's conversion: all pixels white:", bool((naive == 255).all()))
 print("read_image:", right.shape, "as the 8-bit image:", bool((right[..., 0] == grey).all()))
 print("12 bits in a 16-bit file: at most", twelve_bits.max(), "instead of", grey.max())
+print("with its white stated, as the 8-bit image:", bool((stated[..., 0] == grey).all()))
 
 # %% [markdown]
 # ## What the test set is not for

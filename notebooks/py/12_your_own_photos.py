@@ -47,6 +47,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
 # %%
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -71,14 +72,13 @@ from typer.testing import CliRunner
 
 from simplenet_lib.benchmark import measured_runs
 from simplenet_lib.cli import app
-from simplenet_lib.config import Config, SimpleNetError, preset
+from simplenet_lib.config import Config, preset
 from simplenet_lib.dataset import (
-    SUFFIXES,
     AnomalyDataset,
     ImageFiles,
     Sample,
-    image_files,
     make_transform,
+    photos,
     read_image,
 )
 from simplenet_lib.drift import describe
@@ -210,20 +210,10 @@ plt.show()
 #
 # ### A folder of good photos
 #
-# Chapter 1's `AnomalyDataset` wants `CATEGORY/train/good`. Here every image in one folder is
-# normal by declaration; folders inside it are not searched. This is all that is needed:
-
-
-# %% tags=["library"]
-def photos(folder: Path) -> list[Sample]:
-    """Every image directly inside a folder of good photos, as normal samples."""
-    samples = [Sample(path, "good") for path in image_files(folder)]
-    if not samples:
-        raise SimpleNetError(f"{folder}: no normal images ({', '.join(sorted(SUFFIXES))}).")
-    return samples
-
-
-# %% [markdown]
+# Chapter 1's `AnomalyDataset` wants folders whose names say what is good. Here every image in one
+# folder, and in the folders inside it, is normal by declaration. The library's `photos` lists them,
+# and refuses a folder where a name such as `test`, `masks` or `NG` says otherwise.
+#
 # To try it, make such a folder in a temporary place: the 60 good nuts, under names as a camera
 # gives them.
 
@@ -758,7 +748,22 @@ print(
 # resizing and for the part that is cut out. They are in the file, too, as *metadata* in JSON: `size`
 # and `seen`. So this function knows nothing but the file. It uses
 # Pillow, NumPy and ONNX Runtime. `exif_transpose` turns photos upright that a phone stored lying
-# down; the library does the same.
+# down, and `as_rgb`, the library's own, takes care of photos of more than 8 bits, whose white is in the
+# metadata too (0 if all training photos had 8), and of transparent ones.
+
+
+# %% tags=["library"]
+def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
+    """An image of any depth, with or without transparency, as 8-bit RGB."""
+    if image.mode.startswith(("I", "F")):
+        white = white or (1 if image.mode == "F" else 65535)
+        values = np.nan_to_num(np.clip(np.asarray(image, dtype=np.float64), 0, white))
+        # 0.001: a product that should be whole may be a little less.
+        image = Image.fromarray(np.floor(values * (255 / white) + 0.001).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 # %%
@@ -766,8 +771,9 @@ def verdict(session: onnxruntime.InferenceSession, path: Path) -> tuple[float, b
     """Score of a photo, and whether it is anomalous."""
     facts = session.get_modelmeta().custom_metadata_map
     (height, width), (tall, wide) = json.loads(facts["size"]), json.loads(facts["seen"])
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+    # From memory, as the library: a TIFF that Pillow maps from the disk stays lying on its side.
+    with Image.open(io.BytesIO(path.read_bytes())) as file:
+        image = as_rgb(ImageOps.exif_transpose(file), json.loads(facts["config"])["white"])
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     top, left = round((height - tall) / 2), round((width - wide) / 2)
     image = image.crop((left, top, left + wide, top + tall))
