@@ -153,6 +153,7 @@ configurations = st.builds(
     resize=st.integers(1000, 4096),
     crop=st.integers(32, 1000),
     ratio=st.floats(0, 10),
+    white=st.floats(0, 2**32),
     border=st.sampled_from(["reflect", "zeros"]),
     neighbourhood=st.integers(0, 7).map(lambda half: 2 * half + 1),
     standardise=st.booleans(),
