@@ -216,7 +216,7 @@ class Found:
         parts = [f"{len(self.train)} normal images to train on"] if self.train else []
         parts += [f"to test with {', '.join(tests)}; {masks} masks"] if tests else []
         parts += [passed_over(self.passed)] if self.passed else []
-        return f"Found {'; '.join(parts)}."
+        return f"Found {'; '.join(parts) or 'nothing'}."
 
 
 def photos(folder: Path, passed: Counter[str] | None = None) -> list[Sample]:
@@ -329,7 +329,7 @@ def find_samples(folder: Path) -> Found:
     Raises
     ------
     SimpleNetError
-        If there are no normal images, a mask has no image, or only some defects have masks.
+        If folders contradict each other, a mask has no image, or only some defects have masks.
     """
     found = Found()
     images = image_files(folder, found.passed)
@@ -344,18 +344,9 @@ def find_samples(folder: Path) -> Found:
         _by_split(places, found)
     else:
         _by_kind(places, found)
-    if not found.train:
-        raise SimpleNetError(f"{folder}: no normal images to train on. {_seen(places, found)}")
     if found.test:
         _match(masks, folder, found)
     return found
-
-
-def _seen(places: Sequence[_Place], found: Found) -> str:
-    counts = Counter("/".join(filter(None, (place.split, place.kind))) for place in places)
-    seen = [f"{number} images in {name or 'it'}" for name, number in sorted(counts.items())]
-    seen += [passed_over(found.passed)] if found.passed else []
-    return f"Found {', '.join(seen) or 'nothing'}. {LAYOUTS}"
 
 
 def _by_split(places: Sequence[_Place], found: Found) -> None:
@@ -683,22 +674,15 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
         Height and width in pixels of the resized image and of its central cut-out;
         one number for a square.
     """
-    resize = v2.Resize((size, size) if isinstance(size, int) else size, antialias=True)
-    rest = v2.Compose(
+    height, width = (size, size) if isinstance(size, int) else size
+    transform: Transform = v2.Compose(
         [
+            ResizeBoth((height, width), antialias=True),
             v2.CenterCrop(crop),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-
-    def transform(image: tv_tensors.Image, mask: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
-        small_image, small_mask = resize(image, mask)
-        if mask.any():
-            small_mask = keep_regions(mask, small_mask, resize)
-        both: tuple[Tensor, Tensor] = rest(small_image, small_mask)
-        return both
-
     return transform
 
 
@@ -722,34 +706,30 @@ def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, in
     return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
-def keep_regions(
-    mask: tv_tensors.Mask, small: tv_tensors.Mask, resize: v2.Resize
-) -> tv_tensors.Mask:
-    """Mark one pixel of every region of a mask that its reduction has lost.
+class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no types
+    """Resize an image and its mask, of which no region is lost.
 
-    Parameters
-    ----------
-    mask : Mask
-        0 and 1, (1, h, w).
-    small : Mask
-        ``resize(mask)``, (1, H, W).
-    resize : Resize
-        Takes the nearest of the mask's pixels.
+    The mask takes its nearest pixels. A connected region that none of them belongs to
+    keeps one pixel, where its middle was.
     """
-    regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
-    left = resize(tv_tensors.Mask(torch.from_numpy(regions)[None]))
-    lost = np.setdiff1d(np.arange(1, count + 1), left.numpy())
-    if not len(lost):
-        return small
-    places = np.argwhere(regions)
-    of = regions[regions > 0]
-    order = np.argsort(of, kind="stable")
-    middle = (np.searchsorted(of[order], lost) + np.searchsorted(of[order], lost, "right")) // 2
-    scale = np.array(small.shape[1:]) / regions.shape
-    rows, columns = ((places[order[middle]] + 0.5) * scale).astype(int).T
-    kept = small.clone()
-    kept[0, rows, columns] = 1
-    return tv_tensors.Mask(kept)
+
+    def forward(
+        self, image: tv_tensors.Image, mask: tv_tensors.Mask
+    ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Resize an image (3, h, w) and a mask of 0 and 1, (1, h, w)."""
+        small, marked = super().forward(image, mask)
+        if not mask.any():  # of a large photo, labelling takes longer than reading it
+            return small, marked
+        regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
+        left = super().forward(tv_tensors.Mask(torch.from_numpy(regions)[None]))
+        lost = np.setdiff1d(np.arange(1, count + 1), left.numpy())
+        places, of = np.argwhere(regions), regions[regions > 0]
+        order = np.argsort(of, kind="stable")
+        ends = (np.searchsorted(of[order], lost, side) for side in ("left", "right"))
+        middle = places[order[sum(ends) // 2]] + 0.5
+        rows, columns = (middle * marked.shape[1:] / regions.shape).astype(int).T
+        marked[0, rows, columns] = 1
+        return small, marked
 
 
 def as_seen(
@@ -988,6 +968,10 @@ class AnomalyDataset(ImageFiles):
         self.found = find_samples(folder)
         misfits: list[str] = []
         samples = self.found.train
+        if split == "train" and not samples:
+            raise SimpleNetError(
+                f"{folder}: no normal images to train on. {self.found.summary()} {LAYOUTS}"
+            )
         if split == "test":
             samples = [_fitting(sample, misfits) for sample in self.found.test]
             if not samples:

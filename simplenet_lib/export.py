@@ -52,7 +52,8 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
     from 0 to 1; outputs ``map`` (N, H, W) and ``score`` (N,), on the scale where 1 is
     the threshold; any N. The file's metadata hold ``size`` and ``seen``, height and
     width in pixels to which an image is resized and of the centre then cut out, and
-    the whole ``config``, all as JSON.
+    the whole ``config``, all as JSON; its ``white`` is what is white in images of more
+    than 8 bits (:func:`simplenet_lib.dataset.as_rgb`).
 
     Raises
     ------

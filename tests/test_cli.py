@@ -102,7 +102,12 @@ def refused(
             cli.main()
         assert caught.value.code == 2
         _, stderr = capsys.readouterr()
-        bars = ("features:", "train:", "predict:")  # progress may stand before the sentence
+        bars = (
+            "check:",
+            "features:",
+            "train:",
+            "predict:",
+        )  # progress may stand before the sentence
         (sentence,) = (line for line in stderr.splitlines() if line and not line.startswith(bars))
         assert sentence.startswith("simplenet: ")
         assert "Traceback" not in stderr
@@ -978,8 +983,9 @@ def test_mistakes_are_noticed_before_training(data: Path, refused: Callable[...,
     assert "777_mask.png: a mask without an image" in train()
     mask.with_name("777_mask.png").unlink()
     assert "Give every one a mask, or none" in train()
+    mask.write_bytes(original)
     shutil.rmtree(data / "cloth/train/good")
-    assert "no normal images to train on. Found 1 images in test/cut" in train()
+    assert "no normal images to train on. Found to test with 2 good, 1 cut" in train()
     (data / "cloth/train/good").mkdir()
     assert "no normal images" in train()
 

@@ -24,6 +24,7 @@ WRONG_VALUES = {
     "resize": [0, 31, -320, 4097],
     "crop": [0, 31, -1, 321],  # larger than the resized image of `fast`
     "ratio": [-0.1, 10.1],
+    "white": [-1.0, 2.0**33],
     "neighbourhood": [0, 2, 4, -1, 17],
     "adaptor_channels": [0, 16385],
     "hidden_channels": [0, 16385],
@@ -152,6 +153,7 @@ configurations = st.builds(
     resize=st.integers(1000, 4096),
     crop=st.integers(32, 1000),
     ratio=st.floats(0, 10),
+    white=st.floats(0, 2**32),
     border=st.sampled_from(["reflect", "zeros"]),
     neighbourhood=st.integers(0, 7).map(lambda half: 2 * half + 1),
     standardise=st.booleans(),

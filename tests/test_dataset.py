@@ -954,8 +954,8 @@ def test_the_layouts_that_people_have(tmp_path, kind):
     [
         (["train/good/{}", "test/cam1/good/{}", "test/cam1/hole/{}"], "test/cam1/good: good or a"),
         (["train/good/{}", "test/good/bad/{}"], "test/good/bad: good or a defect?"),
-        (["train/ng/{}", "test/good/{}"], "no normal images to train on. Found 5 images in test/g"),
-        (["NG/{}", "bad/{}"], "no normal images to train on. Found 5 images in NG, 5 images in ba"),
+        (["train/ng/{}", "test/good/{}"], "no normal images to train on. Found to test with 5 go"),
+        (["NG/{}", "bad/{}"], "no normal images to train on. Found to test with 5 NG, 5 bad; 0 m"),
         (["train/good/{}", "test/a/{}", "test/a/{}x", "masks/b/{}"], "a mask without an image"),
         (["bottle/train/good/{}", "bad_old/{}"], "bottle/train/good: train or test inside of a f"),
     ],
@@ -963,7 +963,7 @@ def test_the_layouts_that_people_have(tmp_path, kind):
 def test_what_is_not_understood_is_said_with_what_was_seen(tmp_path, names, said):
     make(tmp_path / "part", names)
     with pytest.raises(SimpleNetError) as caught:
-        find_samples(tmp_path / "part")
+        AnomalyDataset(tmp_path, "part", "train", TRANSFORM)
     assert said in str(caught.value) and str(caught.value).startswith(f"{tmp_path / 'part'}")
 
 

@@ -404,7 +404,8 @@ def test_files_that_are_no_checkpoint_are_refused(
     whole = rewritten().read_bytes()
     path = tmp_path / "damaged.safetensors"
     assert "no such checkpoint" in refused(path)
-    assert "no such checkpoint" in refused(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert "no such checkpoint" in refused(tmp_path / "folder")
     for size in [0, 4, 8, 100, len(whole) // 2, len(whole) - 1]:
         path.write_bytes(whole[:size])
         assert "not a readable checkpoint" in refused(path)

@@ -349,7 +349,7 @@ def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image
 # how one value a pixel is got from palettes, colours and transparency, and what "fills an area" is.
 
 # %%
-from simplenet_lib.dataset import MaskSizeError, _fills_areas, _mask_values, keep_regions
+from simplenet_lib.dataset import MaskSizeError, ResizeBoth, _fills_areas, _mask_values
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -447,8 +447,8 @@ print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 # network of [chapter 2](02_features.ipynb), which was trained on images normalised in this way.
 #
 # One thing nearest interpolation can lose: a defect of a pixel or two in a large photo, when no pixel of
-# it happens to be the nearest. Then no metric could count it. So `keep_regions` marks one pixel for
-# every connected region that would be gone, and changes nothing else.
+# it happens to be the nearest. Then no metric could count it. So the library's `ResizeBoth` marks one
+# pixel for every connected region that would be gone; all else is torchvision's `v2.Resize`.
 #
 # What it returns is a function, which the library calls a `Transform`: it takes an image and a mask
 # and returns both.
@@ -462,22 +462,15 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> Transform:
     """Resize, cut out the centre, normalise; image and mask together."""
-    resize = v2.Resize((size, size) if isinstance(size, int) else size, antialias=True)
-    rest = v2.Compose(
+    height, width = (size, size) if isinstance(size, int) else size
+    transform: Transform = v2.Compose(
         [
+            ResizeBoth((height, width), antialias=True),
             v2.CenterCrop(crop),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-
-    def transform(image: tv_tensors.Image, mask: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
-        small_image, small_mask = resize(image, mask)
-        if mask.any():
-            small_mask = keep_regions(mask, small_mask, resize)
-        both: tuple[Tensor, Tensor] = rest(small_image, small_mask)
-        return both
-
     return transform
 
 
