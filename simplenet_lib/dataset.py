@@ -718,9 +718,9 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Resize an image (3, h, w) and a mask of 0 and 1, (1, h, w)."""
         small, marked = super().forward(image, mask)
-        regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
-        if not count:
+        if not mask.any():  # of a large photo, labelling takes longer than reading it
             return small, marked
+        regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
         left = super().forward(tv_tensors.Mask(torch.from_numpy(regions)[None]))
         lost = np.setdiff1d(np.arange(1, count + 1), left.numpy())
         places, of = np.argwhere(regions), regions[regions > 0]
