@@ -879,8 +879,8 @@ def test_train_keeps_to_the_false_alarms_asked_for(data: Path, refused: Callable
     printed = simplenet(*command, "0.01", "--output", "strict")
     assert "expect about 11.1% false alarms" in printed
     assert "more than the 1.00% asked for: for these, 99 photos are needed" in printed
-    assert "quantile is 0.3, outside 0.51 to 1" in refused(
-        "train", "--data", data, *SET, "--set", "quantile=0.3"
+    assert "false_alarms is 0.7, outside 0 to 0.5" in refused(
+        "train", "--data", data, *SET, "--set", "false_alarms=0.7"
     )
 
 

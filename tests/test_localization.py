@@ -27,10 +27,8 @@ from simplenet_lib.localization import (
     Region,
     anomaly_map,
     evaluate,
-    expected_false_alarms,
     image_score,
     predict,
-    quantile_for,
     regions,
     rescale,
     threshold,
@@ -537,32 +535,20 @@ def test_regions_touch_by_their_corners():
     ]
 
 
-@given(st.integers(2, 400), st.floats(0, 0.4))
-def test_the_quantile_keeps_to_the_false_alarms_asked_for(count, rate):
-    quantile = quantile_for(rate, count)
-    rank, expected = expected_false_alarms(quantile, count)
-    assert quantile >= 0.5 and rank >= 1
-    assert expected <= rate + 1e-9 or rank == 1
-    scores = torch.arange(count, dtype=torch.float64)
-    assert threshold(scores, quantile) == count - rank > scores.median() - 1
-    if count > 30 and rank < count / 2 - 1:  # one more would be too many
-        assert (rank + 1) / (count + 1) > rate - 1e-9
-
-
-@given(st.lists(st.integers(-50, 50), min_size=2, max_size=30), st.sampled_from([1.0, 0.9]))
-def test_a_new_scale_has_the_typical_photo_at_0_and_the_threshold_at_1(scores, quantile):
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=30), st.sampled_from([0.0, 0.1]))
+def test_a_new_scale_has_the_typical_photo_at_0_and_the_threshold_at_1(scores, share):
     model = SimpleNamespace(typical=3.0, threshold=7.0)
     values = np.array(scores) / 10
-    limit = threshold(torch.from_numpy(values), quantile)
+    limit = threshold(torch.from_numpy(values), share)
     if limit <= np.median(values) + 1e-9:
         with pytest.raises(SimpleNetError, match="do not differ"):
-            rescale(model, [values[0], values[0]], quantile)
+            rescale(model, [values[0], values[0]], share)
         return
-    rescale(model, values.tolist(), quantile)
+    rescale(model, values.tolist(), share)
     raw = 3 + 4 * values
     new = (raw - model.typical) / (model.threshold - model.typical)
     assert np.median(new) == pytest.approx(0, abs=1e-9)
     assert (limit - np.median(values)) / (limit - np.median(values)) == 1
     assert new[values == limit] == pytest.approx(1)
     with pytest.raises(SimpleNetError, match="at least 2"):
-        rescale(model, [1.0], quantile)
+        rescale(model, [1.0], share)
