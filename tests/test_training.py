@@ -782,7 +782,8 @@ def test_few_photos_promise_no_more_than_they_hold() -> None:
         calibrate(model, feature_maps(maps[:24]), folds)
         fresh = cached_maps(model, feature_maps(maps[24:]), range(50))
         rates.append((fresh.amax(dim=(1, 2)) > 1).float().mean().item())
-    assert 0.01 < np.mean(rates) < 0.08  # 0.04 on average; its spread over 20 draws is 0.01
+    # 0.04 on average, give or take 0.01; 0.07 with level and scale from the very same photos.
+    assert 0.01 < np.mean(rates) < 0.055
 
 
 def test_one_score_still_makes_a_threshold() -> None:
