@@ -26,7 +26,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -472,7 +472,11 @@ def _open(path: Path, data: bytes | None = None) -> Image.Image:
 
 
 def _not_readable(path: Path, error: Exception) -> str:
-    reason = "the file is empty" if path.exists() and not path.stat().st_size else str(error)
+    reason = str(error)
+    if path.exists() and not path.stat().st_size:
+        reason = "the file is empty"
+    elif isinstance(error, UnidentifiedImageError):
+        reason = "no image, or of an unknown format"
     large = isinstance(error, Image.DecompressionBombError)
     hint = " If it is a scan of that size, allow it with --max-pixels." if large else ""
     return f"{path}: not a readable image ({reason}).{hint}"
