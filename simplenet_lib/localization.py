@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the model imports this module, not the other way round
 
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Source = Path | str | bytes | Image.Image | NDArray[Any]
-PICTURE_PIXELS = 2_000_000  # at most, of the picture that an overlay is drawn on
+PICTURE_PIXELS = 1_000_000  # at most, of the picture that an overlay is drawn on
 
 
 def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -> Tensor:
@@ -211,7 +211,7 @@ def regions(map_: Map, box: tuple[int, int, int, int], threshold: float = 1.0) -
 class Result:
     """What the model says of one photo, in the photo's own pixels.
 
-    It keeps a picture of at most two megapixels to draw on. Of very many photos ask for
+    It keeps a picture of at most one megapixel to draw on. Of very many photos ask for
     one result after another: see :meth:`simplenet_lib.model.SimpleNet.predict`.
 
     Attributes
