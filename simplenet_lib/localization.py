@@ -361,7 +361,9 @@ def predict(
                 strict=True,
             ):
                 sample = dataset.samples[index]
-                yield Prediction(sample, score, score > 1, map_, mask, unfamiliar)
+                # Of an image without a mask all share one pixel: there may be thousands.
+                kept = mask.copy() if sample.mask else np.broadcast_to(np.False_, mask.shape)
+                yield Prediction(sample, score, score > 1, map_, kept, unfamiliar)
                 bar.update()
 
 
@@ -407,7 +409,7 @@ def results(
         except SimpleNetError as error:
             return error
         size = picture.size
-        image, _ = as_seen(picture, Image.new("L", (1, 1)), transform)
+        image = as_seen(picture, transform)
         shrink = math.ceil(math.sqrt(size[0] * size[1] / PICTURE_PIXELS))
         return image, picture.reduce(shrink) if shrink > 1 else picture, size
 
