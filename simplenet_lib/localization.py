@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -375,7 +375,7 @@ def results(
     channels: Literal["rgb", "bgr"] = "rgb",
     threshold: float = 1.0,
     progress: bool = False,
-) -> Iterator[Result | SimpleNetError]:
+) -> Generator[Result | SimpleNetError, None, None]:
     """Predict images of any kind, in order, each decoded once, a few at a time.
 
     Parameters
