@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -471,9 +472,10 @@ def predict(
     damaged: list[Path] = []
     folder = PredictionFolder(output, found, overlays=overlay, maps=save_maps, records=as_json)
     try:
-        with folder:
-            names = [str(path) for path in found]
-            judged = results(net, [*found], names, threshold=threshold, progress=True)
+        names = [str(path) for path in found]
+        judging = results(net, [*found], names, threshold=threshold, progress=True)
+        # Closed, so that its bar and threads end before anything is said.
+        with folder, closing(judging) as judged:
             for path, result in zip(found, judged, strict=True):
                 folder.write(path, result)
                 if isinstance(result, SimpleNetError):

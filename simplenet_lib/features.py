@@ -375,20 +375,21 @@ def cached_features(
     def entry(index: int) -> Path:
         return folder / (hashlib.sha256(f"{key}\n{digests[index]}".encode()).hexdigest() + ".npy")
 
-    def missing() -> Iterator[Item]:
-        for index, sample in enumerate(dataset.samples):
-            data = read_file(sample.image)
-            digests[index] = hashlib.sha256(data).hexdigest()
-            try:
-                found[index] = _read_features(entry(index))
-            except Exception:  # not there, or damaged in whatever way
-                yield dataset.item(index, data)
+    def missing(index: int) -> Item | None:
+        data = read_file(dataset.samples[index].image)
+        digests[index] = hashlib.sha256(data).hexdigest()
+        try:
+            found[index] = _read_features(entry(index))
+            return None
+        except Exception:  # not there, or damaged in whatever way
+            return dataset.item(index, data)
 
     device = next(extractor.parameters()).device
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(dataset), desc="features", unit="image", disable=not progress) as bar:
-            for batch in batches(missing()):
+            reading = ahead(missing, range(len(dataset)))
+            for batch in batches(item for item in reading if item is not None):
                 images = batch["image"].to(device)
                 with torch.inference_mode():
                     outputs = extractor.outputs(images)

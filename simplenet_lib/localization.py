@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the model imports this module, not the other way round
 
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Source = Path | str | bytes | Image.Image | NDArray[Any]
-PICTURE_PIXELS = 2_000_000  # at most, of the picture that an overlay is drawn on
+PICTURE_PIXELS = 1_000_000  # at most, of the picture that an overlay is drawn on
 
 
 def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -> Tensor:
@@ -192,7 +192,7 @@ def regions(map_: Map, box: tuple[int, int, int, int], threshold: float = 1.0) -
 class Result:
     """What the model says of one photo, in the photo's own pixels.
 
-    It keeps a picture of at most two megapixels to draw on. Of very many photos ask for
+    It keeps a picture of at most one megapixel to draw on. Of very many photos ask for
     one result after another: see :meth:`simplenet_lib.model.SimpleNet.predict`.
 
     Attributes
@@ -342,7 +342,9 @@ def predict(
                 strict=True,
             ):
                 sample = dataset.samples[index]
-                yield Prediction(sample, score, score > 1, map_, mask, unfamiliar)
+                # Of an image without a mask all share one pixel: there may be thousands.
+                kept = mask.copy() if sample.mask else np.broadcast_to(np.False_, mask.shape)
+                yield Prediction(sample, score, score > 1, map_, kept, unfamiliar)
                 bar.update()
 
 
@@ -354,7 +356,7 @@ def results(
     channels: Literal["rgb", "bgr"] = "rgb",
     threshold: float = 1.0,
     progress: bool = False,
-) -> Iterator[Result | SimpleNetError]:
+) -> Generator[Result | SimpleNetError, None, None]:
     """Predict images of any kind, in order, each decoded once, a few at a time.
 
     Parameters
@@ -388,7 +390,7 @@ def results(
         except SimpleNetError as error:
             return error
         size = picture.size
-        image, _ = as_seen(picture, Image.new("L", (1, 1)), transform)
+        image = as_seen(picture, transform)
         shrink = math.ceil(math.sqrt(size[0] * size[1] / PICTURE_PIXELS))
         return image, picture.reduce(shrink) if shrink > 1 else picture, size
 

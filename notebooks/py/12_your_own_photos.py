@@ -687,7 +687,7 @@ for number, index in enumerate(np.flatnonzero(labels == 0)[:4], start=2):
 
 with contextlib.chdir(here):
     done = CliRunner().invoke(app, ["predict", "nut-model", "today", "--device", "cpu"])
-    with open("predictions/predictions.csv", newline="") as file:
+    with open("predictions/predictions.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
 print("$ simplenet predict nut-model today")
 print(done.stdout)
@@ -703,6 +703,43 @@ assert rows[0]["unfamiliar"] == "" and all("less sharp" in row["unfamiliar"] for
 print("OK: the command finds the fibre and warns of the four blurred photos")
 
 # %% [markdown]
+# ### From a program
+#
+# A program asks the model itself. An image is a path, the bytes of a file, an image of Pillow's, or a
+# NumPy array; arrays of OpenCV's need `channels="bgr"`. A list gives a list of results.
+#
+# ```python
+# from simplenet_lib import SimpleNet
+#
+# model = SimpleNet.load("nut-model")
+# result = model.predict("today/IMG_0001.png")
+# print(result.verdict, result.score)
+# for region in result.regions:  # boxes around what is above the threshold, the highest first
+#     print(region.x, region.y, region.width, region.height, region.peak)
+# result.save("overlay.png")
+# ```
+#
+# For a camera or a folder that fills, give a generator. A photo is taken when its result is asked for,
+# and nothing is kept, so this can run for months:
+#
+# ```python
+# def new_photos(folder):
+#     seen = set()
+#     while True:
+#         for path in sorted(folder.glob("*.jpg")):
+#             if path not in seen:
+#                 seen.add(path)
+#                 yield path
+#         time.sleep(1)
+#
+#
+# for result in model.predict(new_photos(Path("camera"))):
+#     print(result.name, result.verdict)
+# ```
+#
+# (A photo that cannot be read ends the loop with a `SimpleNetError`. To go on past it, call `predict`
+# for each photo and catch the error.)
+#
 # ## One file, without PyTorch
 #
 # The computer beside the camera should not need PyTorch. {term}`ONNX` is a file format for
