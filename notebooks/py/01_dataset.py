@@ -123,11 +123,8 @@ plt.show()
 
 # %% [markdown]
 # That is {term}`anomaly detection`: learn what is normal, and report what is far from it. Where in
-# the image the deviation lies is the second question, {term}`anomaly localization`. This book
-# answers both with the same network.
-#
-# Defects still have a use: without some you cannot measure whether the detector works. They belong
-# in the {term}`test set` and nowhere else.
+# the image the deviation lies is the second question, {term}`anomaly localization`. Defects belong in
+# the {term}`test set` and nowhere else: without some you cannot measure whether the detector works.
 
 # %% [markdown]
 # ## From the paper
@@ -200,9 +197,6 @@ for category in ("nut", "cloth"):
 # The name of a folder is the label. Below `train` there is only `good`. Below `ground_truth` there
 # is no `good`: a good image has nothing to mark. {term}`Ground truth <ground truth>` is what a
 # person would have marked; here the program that drew the defect knows.
-#
-# The counts show the asymmetry once more. There are 60 images to train on and all are good; each
-# kind of defect has 8, and they are for testing only.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of six photographs. Upper row: hex nuts, each turned differently; a good one, then ones with a broken corner, a dent, a fibre, rust and a scratch. Lower row: woven cloth; a good piece, then ones with a cut, a fibre, a hole, a missing thread and a stain. An orange line surrounds each defect."}, "figure": {"caption": "One test image from every folder. The orange line is the edge of the mask.", "name": "fig-dataset-samples"}}
 figure, axes = plt.subplots(2, 6, figsize=(10, 3.7))
@@ -223,21 +217,8 @@ plt.show()
 # %% [markdown]
 # ### A list of samples
 #
-# First write down which image belongs to which mask. In plain Python that is one loop, here over
-# every twelfth test image of the nut:
-
-# %%
-test = data / "nut" / "test"
-for image in sorted(test.glob("*/*.png"))[::12]:
-    kind = image.parent.name
-    mask = data / "nut" / "ground_truth" / kind / f"{image.stem}_mask.png"
-    print(f"{kind}/{image.name}  label {int(kind != 'good')}  mask: {mask.exists()}")
-
-# %% [markdown]
-# The library gives the triple of image, kind of defect and mask a name, `Sample`. The label follows
-# from the folder's name, so it is computed and not stored.
-#
-# `image_files` lists a folder. It sorts, because the operating system promises no order, and it
+# First write down which image belongs to which mask. The library gives the triple of image, kind of
+# defect and mask a name, `Sample`. The label follows from the folder's name. `image_files` lists a folder. It sorts, because the operating system promises no order, and it
 # leaves out what is not an image, such as the hidden files that some systems put beside your
 # photos.
 #
@@ -338,8 +319,7 @@ print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 # normalises each colour. The mean and the standard deviation for that last step are those of the
 # network of [chapter 2](02_features.ipynb), which was trained on images normalised in this way.
 #
-# What it returns is a function, which the library calls a `Transform`: it takes an image and a mask
-# and returns both.
+# What it returns is a function of an image and a mask, a `Transform`.
 
 # %%
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -366,9 +346,8 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
 # ### The dataset
 #
 # A PyTorch `Dataset` needs a length and a way to fetch one item. Ours reads the two files, checks
-# that they have the same size, transforms them together and returns a dictionary. A good image has
-# no mask on disk; it gets an empty one, so that every item has the same parts and a loader can
-# stack them. All this happens in `item`, so that bytes which have been read already can be used.
+# that they have the same size, transforms them together and returns a dictionary. A good image gets an
+# empty mask, so that every item has the same parts and a loader can stack them.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -431,9 +410,6 @@ def _size(image: Image.Image) -> str:
 
 
 # %% [markdown]
-# `as_subclass(Tensor)` takes the label "image" or "mask" off again: from here on both are ordinary
-# tensors.
-#
 # What is left is to find the samples of one category. `ShortAnomalyDataset` is the short version of
 # the library's `AnomalyDataset`. `split` is `"train"` or `"test"`.
 
@@ -475,8 +451,7 @@ print("labels:", batch["label"].tolist())
 
 # %% [markdown]
 # All labels are 1: the first eight images of the test set, in the order of the folders, are broken
-# corners. A test needs no other order. Training in this book does not shuffle images either; it
-# shuffles single positions, in [chapter 7](07_training.ipynb).
+# corners.
 
 # %% [markdown]
 # ### The baseline
@@ -680,8 +655,7 @@ figure.suptitle("The mean of good images is not a good image: it is a blur", fon
 plt.show()
 
 # %% [markdown]
-# A round ring with neither corners nor highlights is not a nut, and an even grey is not cloth. What
-# is far from a blur? A corner that happens to point where few others did; a highlight where none
+# What is far from a blur? A corner that happens to point where few others did; a highlight where none
 # was. So the map shows how this image differs from the average photo, defect or not:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three columns. Each shows a nut above and its baseline map below. The left nut is good, the others have a scratch and rust, outlined in orange. In all three maps the bright places lie along edges and highlights of the nut; the outlined defects do not stand out."}, "figure": {"caption": "Test images of the nut (orange: edge of the mask) and the baseline's maps, all on one colour scale.", "name": "fig-dataset-maps"}}
@@ -788,9 +762,8 @@ print(f"shared by the two masks, of all that either marks: {overlap:.0%}")
 # %% [markdown]
 # ## What the test set is not for
 #
-# One mistake gives no error message and no strange picture. You try ten variants of a method,
-# measure each on the test set, and report the best. The number is then too high, and here is how
-# much.
+# You try ten variants of a method, measure each on the test set, and report the best. Nothing warns
+# you that the number is too high. Here is how much.
 #
 # A thousand "detectors" that know nothing: each gives random scores to 60 images, 20 good and 40
 # with a defect, as in our test sets. The best of them is chosen on this test set and measured again
