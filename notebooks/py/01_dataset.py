@@ -65,7 +65,18 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from simplenet_lib.config import SimpleNetError
-from simplenet_lib.dataset import FORMATS, SUFFIXES, AnomalyDataset, read_image, read_mask
+from simplenet_lib.dataset import (
+    FORMATS,
+    AnomalyDataset,
+    MaskSizeError,
+    _fills_areas,
+    _mask_values,
+    _not_readable,
+    image_files,
+    keep_regions,
+    read_image,
+    read_mask,
+)
 from simplenet_lib.features import cache_folder
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
@@ -199,7 +210,7 @@ for category in ("nut", "cloth"):
 # person would have marked; here the program that drew the defect knows.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of six photographs. Upper row: hex nuts, each turned differently; a good one, then ones with a broken corner, a dent, a fibre, rust and a scratch. Lower row: woven cloth; a good piece, then ones with a cut, a fibre, a hole, a missing thread and a stain. An orange line surrounds each defect."}, "figure": {"caption": "One test image from every folder. The orange line is the edge of the mask.", "name": "fig-dataset-samples"}}
-figure, axes = plt.subplots(2, 6, figsize=(10, 3.7))
+figure, axes = plt.subplots(2, 6, figsize=(7.6, 2.95))
 for row, category in zip(axes, ("nut", "cloth"), strict=True):
     kinds = sorted(path.name for path in (data / category / "test").iterdir())
     kinds = ["good"] + [kind for kind in kinds if kind != "good"]
@@ -218,9 +229,7 @@ plt.show()
 # ### A list of samples
 #
 # First write down which image belongs to which mask. The library gives the triple of image, kind of
-# defect and mask a name, `Sample`. The label follows from the folder's name. `image_files` lists a folder. It sorts, because the operating system promises no order, and it
-# leaves out what is not an image, such as the hidden files that some systems put beside your
-# photos.
+# defect and mask a name, `Sample`. The label follows from the folder's name.
 #
 # The next cell, and every cell below whose first line says so, is the library's own code. Only its
 # docstrings are shorter here.
@@ -241,15 +250,6 @@ class Sample:
     def label(self) -> int:
         """1 for a defect, 0 for a normal image."""
         return int(self.defect != "good")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files directly inside ``folder``, hidden ones left out, sorted by name."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
 
 
 # %% [markdown]
@@ -296,7 +296,7 @@ print("nearest: ", nearest[0].tolist())
 # is meaningless: a pixel belongs to a defect or it does not. *Nearest* takes one pixel of each
 # block and keeps the values 0 and 1. It can lose something, though: a scratch one pixel wide vanishes
 # if it lies on rows that are not taken. So when you judge a map, enlarge the map to the mask rather
-# than shrink the mask. (The toy has `antialias=False` to keep the sum simple. The library resizes
+# than shrink the mask; the library's transform keeps at least one pixel of each region. (The toy has `antialias=False` to keep the sum simple. The library resizes
 # images with `antialias=True`, which averages over more pixels.)
 #
 # torchvision's transforms (`v2`) do the right thing if you tell them what they have in hand. Wrap
@@ -313,13 +313,11 @@ small_image, small_mask = v2.Resize((2, 2))(wrapped)
 print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 
 # %% [markdown]
-# The library's transform is four of those steps. It resizes to the height and width asked for (one
-# number stands for a square; a picture of another shape is stretched, its mask too), cuts out the
-# centre, turns the image's bytes into floats from 0 to 1 (`"others"`, the mask, stays as it is), and
-# normalises each colour. The mean and the standard deviation for that last step are those of the
-# network of [chapter 2](02_features.ipynb), which was trained on images normalised in this way.
-#
-# What it returns is a function of an image and a mask, a `Transform`.
+# The library's transform resizes to the height and width asked for (one number stands for a square; a
+# picture of another shape is stretched, its mask too), cuts out the centre, turns the image's bytes into
+# floats from 0 to 1 (`"others"`, the mask, stays as it is), and normalises each colour by the mean and
+# deviation that the network of [chapter 2](02_features.ipynb) was trained with. `keep_regions` brings
+# back one pixel of a defect that the reduction has lost. What it returns is a function, a `Transform`.
 
 # %%
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -330,15 +328,22 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> Transform:
     """Resize, cut out the centre, normalise; image and mask together."""
-    height, width = (size, size) if isinstance(size, int) else size
-    transform: Transform = v2.Compose(
+    resize = v2.Resize((size, size) if isinstance(size, int) else size, antialias=True)
+    rest = v2.Compose(
         [
-            v2.Resize((height, width), antialias=True),
             v2.CenterCrop(crop),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
+
+    def transform(image: tv_tensors.Image, mask: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        small_image, small_mask = resize(image, mask)
+        if mask.any():
+            small_mask = keep_regions(mask, small_mask, resize)
+        both: tuple[Tensor, Tensor] = rest(small_image, small_mask)
+        return both
+
     return transform
 
 
@@ -365,9 +370,10 @@ class Item(TypedDict):
 class ImageFiles(Dataset[Item]):
     """Images read from disk and transformed together with their masks."""
 
-    def __init__(self, samples: list[Sample], transform: Transform) -> None:
+    def __init__(self, samples: list[Sample], transform: Transform, white: float = 0) -> None:
         self.samples = samples
         self.transform = transform
+        self.white = white
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -381,7 +387,7 @@ class ImageFiles(Dataset[Item]):
     def item(self, index: int, data: bytes | None = None) -> Item:
         """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
-        picture, marked = _read(sample, data)
+        picture, marked = _read(sample, data, self.white)
         image, mask = self.transform(
             tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
             tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
@@ -394,14 +400,16 @@ class ImageFiles(Dataset[Item]):
         }
 
 
-def _read(sample: Sample, data: bytes | None = None) -> tuple[Image.Image, Image.Image]:
+def _read(
+    sample: Sample, data: bytes | None = None, white: float = 0
+) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
-    picture = read_image(sample.image, data)
+    picture = read_image(sample.image, data, white)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
     mask = read_mask(sample.mask)
     if mask.size != picture.size:
-        raise SimpleNetError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
+        raise MaskSizeError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
     return picture, mask
 
 
@@ -975,11 +983,10 @@ assert len(variant_scores) == 36 and on_chosen > 0.58 and on_other < 0.56
 # ### An image
 #
 # `Image.open(path).convert("RGB")` reads most images. Cameras are less uniform than that: some save
-# grey images, some save 16 bits, some save a picture lying on its side with a note about how to
-# turn it. And a damaged file should be named. `read_file` and `_open` take care of the turning and
-# the naming. `read_image` takes care of the rest: whatever is in the file, you get 8-bit RGB. Who
-# has read the file's bytes already, as the cache of [chapter 2](02_features.ipynb) has, hands them
-# over as `data`.
+# grey images, some 16 bits, some a picture lying on its side with a note about how to turn it. And a
+# damaged file should be named. Whatever is in the file, `read_image` makes 8-bit RGB of it. `white` is
+# the value that is white in a file of more than 8 bits. Who has read the bytes already hands them over
+# as `data`.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -994,44 +1001,61 @@ def read_file(path: Path) -> bytes:
 
 
 def _open(path: Path, data: bytes | None = None) -> Image.Image:
-    """Decode an image completely and turn it upright; ``data`` are its bytes, if already read."""
+    """Decode an image's first page and turn it upright; ``data`` are its bytes, if read."""
     data = read_file(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+        raise SimpleNetError(_not_readable(path, error)) from error
     return image
 
 
-def read_image(path: Path, data: bytes | None = None) -> Image.Image:
-    """Read an image of 8 or 16 bits, grey, palette or colour, as upright 8-bit RGB."""
-    image = _open(path, data)
-    if image.mode == "F":
-        raise SimpleNetError(f"{path}: floating-point pixels. Save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):  # 16 bit: 65535 is white
-        values = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255)
-        image = Image.fromarray(values.astype(np.uint8))
+def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
+    """An image of any depth, with or without transparency, as 8-bit RGB."""
+    if image.mode.startswith(("I", "F")):
+        white = white or (1 if image.mode == "F" else 65535)
+        values = np.nan_to_num(np.clip(np.asarray(image, dtype=np.float64), 0, white))
+        # 0.001: a product that should be whole may be a little less.
+        image = Image.fromarray(np.floor(values * (255 / white) + 0.001).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image.Image:
+    """Read an image of any depth, grey, palette or colour, as upright 8-bit RGB."""
+    return as_rgb(_open(path, data), white)
+
+
 # %% [markdown]
-# A mask has one channel, and its values are 0 and something else: 255 in some data sets, 1 in
-# others. `read_mask` makes 0 and 1 of both. It compares with half of the mask's maximum. Comparing
-# with 0 would do for a clean file, but a mask that was once saved as JPEG has faint traces around
-# its edge.
+# ### A mask
+#
+# A mask has the values 0 and something else: 255 in some data sets, 1 in others, several numbers where
+# there are several kinds. So everything but 0 is defect. One exception: a mask that was once saved as
+# JPEG has faint traces around its edge. Values up to a quarter of the maximum count as such traces,
+# unless they fill whole areas, as a label does and a trace does not. A folder of masks is joined to one.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
 
 
 def read_mask(path: Path) -> Image.Image:
-    """Read a mask whose values are 0 and any other, mostly 255 or 1, as 8-bit 0 and 1."""
+    """Read a mask as 8-bit 0 and 1: every value but that of the background, 0, is defect."""
+    if path.is_dir():
+        several = [read_mask(file) for file in image_files(path)]
+        if len({mask.size for mask in several}) > 1:
+            raise MaskSizeError(f"{path}: its masks differ in size.")
+        return Image.fromarray(np.maximum.reduce([np.asarray(mask) for mask in several]))
     image = _open(path)
-    values = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
-    # Half the maximum, not 0: JPEG leaves faint traces around a mask.
-    return Image.fromarray((values > values.max() / 2).astype(np.uint8))
+    values = _mask_values(image)
+    high = values.max()
+    low = (values > 0) & (values <= high / 4)
+    if high > 32 and not _fills_areas(values, low):
+        values = np.where(low, 0, values)
+    return Image.fromarray((values > 0).astype(np.uint8))
 
 
 # %%
@@ -1040,18 +1064,18 @@ with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "mask.jpg"
     Image.fromarray(clean).save(path)
     above_zero = np.asarray(Image.open(path)) > 0
-    above_half = np.asarray(read_mask(path)) > 0
+    as_read = np.asarray(read_mask(path)) > 0
 marked = clean > 0
 print("marked in the mask:", marked.sum(), "pixels")
-print("JPEG, above half: wrong pixels:", (above_half != marked).sum())
-print("JPEG, above 0: wrong pixels:", (above_zero != marked).sum())
+print("saved as JPEG, above 0:  ", (above_zero != marked).sum(), "wrong pixels")
+print("saved as JPEG, read_mask:", (as_read != marked).sum(), "wrong pixels")
 
 # %% [markdown]
 # ### A mask of another size
 #
-# Someone scaled the masks but not the images. The library refuses, and says in one sentence what it
-# found. Without the check, a resize to 256 would make both fit and hide the mistake. The message
-# starts with the path of the file, which is left out here.
+# Someone scaled the masks but not the images. Without a check, a resize to 256 would make both fit and
+# hide the mistake. `_read` refuses and says in one sentence what it found; the library then leaves out
+# the metrics on pixels. The message starts with the path of the file, which is left out here.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -1072,12 +1096,11 @@ except SimpleNetError as error:
 #
 # Some cameras save grey values of 16 bits, from 0 to 65,535. Pillow's own conversion
 # to RGB cuts them off at 255, and all that is brighter than a very dark grey becomes white.
-# `read_image` divides by 257, since $257 \cdot 255 = 65{,}535$. A grey image becomes an RGB image of
-# three equal channels.
+# `read_image` maps white to 255 instead. A grey image becomes an RGB image of three equal channels.
 #
 # One trap is left. A camera with 12 bits may store its values, 0 to 4,095, in a 16-bit file as they
-# are. Then white is 4,095, nobody can know that from the file, and the image comes out almost
-# black. Multiply such images by 16 before you use them.
+# are. Read as 16 bits, the image comes out almost black. Give `white=4095` then. `simplenet train` looks
+# at all training photos first and takes the depth that holds their highest value.
 
 # %%
 grey = np.asarray(read_image(scratch.image).convert("L"))
@@ -1088,9 +1111,11 @@ with tempfile.TemporaryDirectory() as folder:
         naive = np.asarray(file.convert("RGB"))
     right = np.asarray(read_image(path))
     Image.fromarray(grey.astype(np.uint16) * 16).save(path)
-    twelve_bits = np.asarray(read_image(path))
+    twelve_bits = [np.asarray(read_image(path, white=white)).max() for white in (0, 4095)]
 print(
     f"8 bits: mean {grey.mean():.0f}; Pillow's conversion of 16: mean {naive.mean():.0f}; ", end=""
 )
 print(f"read_image: mean {right.mean():.0f}")
-print("12 bits in a 16-bit file: at most", twelve_bits.max(), "instead of", grey.max())
+print("brightest pixel:", grey.max(), end="; ")
+print("12 bits in a 16-bit file:", twelve_bits[0], end="; ")
+print("with white=4095:", twelve_bits[1])
