@@ -57,7 +57,7 @@ from typing import TypedDict
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -72,6 +72,7 @@ from simplenet_lib.dataset import (
     ResizeBoth,
     _fills_areas,
     _mask_values,
+    _not_readable,
     image_files,
     read_image,
     read_mask,
@@ -133,11 +134,8 @@ plt.show()
 
 # %% [markdown]
 # That is {term}`anomaly detection`: learn what is normal, and report what is far from it. Where in
-# the image the deviation lies is the second question, {term}`anomaly localization`. This book
-# answers both with the same network.
-#
-# Defects still have a use: without some you cannot measure whether the detector works. They belong
-# in the {term}`test set` and nowhere else.
+# the image the deviation lies is the second question, {term}`anomaly localization`. Defects belong in
+# the {term}`test set` and nowhere else: without some you cannot measure whether the detector works.
 
 # %% [markdown]
 # ## From the paper
@@ -210,12 +208,9 @@ for category in ("nut", "cloth"):
 # The name of a folder is the label. Below `train` there is only `good`. Below `ground_truth` there
 # is no `good`: a good image has nothing to mark. {term}`Ground truth <ground truth>` is what a
 # person would have marked; here the program that drew the defect knows.
-#
-# The counts show the asymmetry once more. There are 60 images to train on and all are good; each
-# kind of defect has 8, and they are for testing only.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of six photographs. Upper row: hex nuts, each turned differently; a good one, then ones with a broken corner, a dent, a fibre, rust and a scratch. Lower row: woven cloth; a good piece, then ones with a cut, a fibre, a hole, a missing thread and a stain. An orange line surrounds each defect."}, "figure": {"caption": "One test image from every folder. The orange line is the edge of the mask.", "name": "fig-dataset-samples"}}
-figure, axes = plt.subplots(2, 6, figsize=(10, 3.7))
+figure, axes = plt.subplots(2, 6, figsize=(7.6, 2.95))
 for row, category in zip(axes, ("nut", "cloth"), strict=True):
     kinds = sorted(path.name for path in (data / category / "test").iterdir())
     kinds = ["good"] + [kind for kind in kinds if kind != "good"]
@@ -233,23 +228,8 @@ plt.show()
 # %% [markdown]
 # ### A list of samples
 #
-# First write down which image belongs to which mask. In plain Python that is one loop, here over
-# every twelfth test image of the nut:
-
-# %%
-test = data / "nut" / "test"
-for image in sorted(test.glob("*/*.png"))[::12]:
-    kind = image.parent.name
-    mask = data / "nut" / "ground_truth" / kind / f"{image.stem}_mask.png"
-    print(f"{kind}/{image.name}  label {int(kind != 'good')}  mask: {mask.exists()}")
-
-# %% [markdown]
-# The library gives the triple of image, kind of defect and mask a name, `Sample`. The label follows
-# from the folder's name, so it is computed and not stored.
-#
-# The library's `image_files` lists a folder and the folders inside it. It sorts, because the operating
-# system promises no order, and it leaves out what is not an image and what some systems hide beside
-# your photos.
+# First write down which image belongs to which mask. The library gives the triple of image, kind of
+# defect and mask a name, `Sample`. The label follows from the folder's name.
 #
 # The next cell, and every cell below whose first line says so, is the library's own code. Only its
 # docstrings are shorter here.
@@ -316,7 +296,7 @@ print("nearest: ", nearest[0].tolist())
 # is meaningless: a pixel belongs to a defect or it does not. *Nearest* takes one pixel of each
 # block and keeps the values 0 and 1. It can lose something, though: a scratch one pixel wide vanishes
 # if it lies on rows that are not taken. So when you judge a map, enlarge the map to the mask rather
-# than shrink the mask. (The toy has `antialias=False` to keep the sum simple. The library resizes
+# than shrink the mask; the library's transform keeps at least one pixel of each region. (The toy has `antialias=False` to keep the sum simple. The library resizes
 # images with `antialias=True`, which averages over more pixels.)
 #
 # torchvision's transforms (`v2`) do the right thing if you tell them what they have in hand. Wrap
@@ -333,18 +313,11 @@ small_image, small_mask = v2.Resize((2, 2))(wrapped)
 print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 
 # %% [markdown]
-# The library's transform is four of those steps. It resizes to the height and width asked for (one
-# number stands for a square; a picture of another shape is stretched, its mask too), cuts out the
-# centre, turns the image's bytes into floats from 0 to 1 (`"others"`, the mask, stays as it is), and
-# normalises each colour. The mean and the standard deviation for that last step are those of the
-# network of [chapter 2](02_features.ipynb), which was trained on images normalised in this way.
-#
-# One thing nearest interpolation can lose: a defect of a pixel or two in a large photo, when no pixel
-# of it happens to be the nearest. Then no metric could count it. So the library's `ResizeBoth` marks
-# one pixel for every connected region that would be gone; all else is torchvision's `v2.Resize`.
-#
-# What it returns is a function, which the library calls a `Transform`: it takes an image and a mask
-# and returns both.
+# The library's transform resizes to the height and width asked for (one number stands for a square; a
+# picture of another shape is stretched, its mask too), cuts out the centre, turns the image's bytes into
+# floats from 0 to 1 (`"others"`, the mask, stays as it is), and normalises each colour by the mean and
+# deviation that the network of [chapter 2](02_features.ipynb) was trained with. `ResizeBoth` is
+# torchvision's `v2.Resize`, and brings back one pixel of a defect that the reduction has lost. What it returns is a function, a `Transform`.
 
 # %%
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -371,9 +344,8 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
 # ### The dataset
 #
 # A PyTorch `Dataset` needs a length and a way to fetch one item. Ours reads the two files, checks
-# that they have the same size, transforms them together and returns a dictionary. A good image has
-# no mask on disk; it gets an empty one, so that every item has the same parts and a loader can
-# stack them. All this happens in `item`, so that bytes which have been read already can be used.
+# that they have the same size, transforms them together and returns a dictionary. A good image gets an
+# empty mask, so that every item has the same parts and a loader can stack them.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -442,9 +414,6 @@ def _size(image: Image.Image) -> str:
 
 
 # %% [markdown]
-# `as_subclass(Tensor)` takes the label "image" or "mask" off again: from here on both are ordinary
-# tensors.
-#
 # What is left is to find the samples of one category. `ShortAnomalyDataset` is the short version of
 # the library's `AnomalyDataset`. `split` is `"train"` or `"test"`.
 
@@ -486,8 +455,7 @@ print("labels:", batch["label"].tolist())
 
 # %% [markdown]
 # All labels are 1: the first eight images of the test set, in the order of the folders, are broken
-# corners. A test needs no other order. Training in this book does not shuffle images either; it
-# shuffles single positions, in [chapter 7](07_training.ipynb).
+# corners.
 
 # %% [markdown]
 # ### The baseline
@@ -691,8 +659,7 @@ figure.suptitle("The mean of good images is not a good image: it is a blur", fon
 plt.show()
 
 # %% [markdown]
-# A round ring with neither corners nor highlights is not a nut, and an even grey is not cloth. What
-# is far from a blur? A corner that happens to point where few others did; a highlight where none
+# What is far from a blur? A corner that happens to point where few others did; a highlight where none
 # was. So the map shows how this image differs from the average photo, defect or not:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three columns. Each shows a nut above and its baseline map below. The left nut is good, the others have a scratch and rust, outlined in orange. In all three maps the bright places lie along edges and highlights of the nut; the outlined defects do not stand out."}, "figure": {"caption": "Test images of the nut (orange: edge of the mask) and the baseline's maps, all on one colour scale.", "name": "fig-dataset-maps"}}
@@ -799,9 +766,8 @@ print(f"shared by the two masks, of all that either marks: {overlap:.0%}")
 # %% [markdown]
 # ## What the test set is not for
 #
-# One mistake gives no error message and no strange picture. You try ten variants of a method,
-# measure each on the test set, and report the best. The number is then too high, and here is how
-# much.
+# You try ten variants of a method, measure each on the test set, and report the best. Nothing warns
+# you that the number is too high. Here is how much.
 #
 # A thousand "detectors" that know nothing: each gives random scores to 60 images, 20 good and 40
 # with a defect, as in our test sets. The best of them is chosen on this test set and measured again
@@ -1013,11 +979,10 @@ assert len(variant_scores) == 36 and on_chosen > 0.58 and on_other < 0.56
 # ### An image
 #
 # `Image.open(path).convert("RGB")` reads most images. Cameras are less uniform than that: some save
-# grey images, some save 16 bits, some save a picture lying on its side with a note about how to
-# turn it. And a damaged file should be named. `read_file` and `_open` take care of the turning and
-# the naming. `as_rgb` takes care of the rest: whatever is in the file, you get 8-bit RGB, and what is
-# transparent lies on white. `read_image` does both. Who has read the file's bytes already, as the
-# cache of [chapter 2](02_features.ipynb) has, hands them over as `data`.
+# grey images, some 16 bits, some a picture lying on its side with a note about how to turn it. And a
+# damaged file should be named. Whatever is in the file, `read_image` makes 8-bit RGB of it. `white` is
+# the value that is white in a file of more than 8 bits. Who has read the bytes already hands them over
+# as `data`.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -1043,17 +1008,6 @@ def _open(path: Path, data: bytes | None = None) -> Image.Image:
     return image
 
 
-def _not_readable(path: Path, error: Exception) -> str:
-    reason = str(error)
-    if path.exists() and not path.stat().st_size:
-        reason = "the file is empty"
-    elif isinstance(error, UnidentifiedImageError):
-        reason = "no image, or of an unknown format"
-    large = isinstance(error, Image.DecompressionBombError)
-    hint = " If it is a scan of that size, allow it with --max-pixels." if large else ""
-    return f"{path}: not a readable image ({reason}).{hint}"
-
-
 def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
     """An image of any depth, with or without transparency, as 8-bit RGB."""
     if image.mode.startswith(("I", "F")):
@@ -1073,12 +1027,12 @@ def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image
 
 
 # %% [markdown]
-# In a mask every value but 0 is defect: 255 in some data sets, 1 in others, 1, 2 and 3 for three
-# kinds of defect. `read_mask` makes 0 and 1 of all these. Comparing with 0 would do for a clean file,
-# but a mask that was once saved as JPEG has faint traces around its edge. So values in the lowest
-# quarter count as background if they are scattered; labels fill areas. Two details
-# are imported: how one value a pixel is got from palettes, colours and transparency, and what "fills
-# an area" is.
+# ### A mask
+#
+# A mask has the values 0 and something else: 255 in some data sets, 1 in others, several numbers where
+# there are several kinds. So everything but 0 is defect. One exception: a mask that was once saved as
+# JPEG has faint traces around its edge. Values up to a quarter of the maximum count as such traces,
+# unless they fill whole areas, as a label does and a trace does not. A folder of masks is joined to one.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -1109,15 +1063,15 @@ with tempfile.TemporaryDirectory() as folder:
     as_read = np.asarray(read_mask(path)) > 0
 marked = clean > 0
 print("marked in the mask:", marked.sum(), "pixels")
-print("JPEG, by read_mask: wrong pixels:", (as_read != marked).sum())
-print("JPEG, above 0: wrong pixels:", (above_zero != marked).sum())
+print("saved as JPEG, above 0:  ", (above_zero != marked).sum(), "wrong pixels")
+print("saved as JPEG, read_mask:", (as_read != marked).sum(), "wrong pixels")
 
 # %% [markdown]
 # ### A mask of another size
 #
-# Someone scaled the masks but not the images. The library does not use such a mask, and says in one
-# sentence what it found. Without the check, a resize to 256 would make both fit and hide the mistake. The message
-# starts with the path of the file, which is left out here.
+# Someone scaled the masks but not the images. Without a check, a resize to 256 would make both fit and
+# hide the mistake. `_read` refuses and says in one sentence what it found; the library then leaves out
+# the metrics on pixels. The message starts with the path of the file, which is left out here.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -1138,13 +1092,11 @@ except SimpleNetError as error:
 #
 # Some cameras save grey values of 16 bits, from 0 to 65,535. Pillow's own conversion
 # to RGB cuts them off at 255, and all that is brighter than a very dark grey becomes white.
-# `read_image` divides by 257, since $257 \cdot 255 = 65{,}535$. A grey image becomes an RGB image of
-# three equal channels.
+# `read_image` maps white to 255 instead. A grey image becomes an RGB image of three equal channels.
 #
 # One trap is left. A camera with 12 bits may store its values, 0 to 4,095, in a 16-bit file as they
-# are. Then white is 4,095, and taken for 65,535 the image comes out almost black. One file does not
-# say so, but all training photos together do: no value exceeds 4,095. `simplenet train` looks for
-# the highest value and stores the white of that depth in the model; `--white 4095` states it.
+# are. Read as 16 bits, the image comes out almost black. Give `white=4095` then. `simplenet train` looks
+# at all training photos first and takes the depth that holds their highest value.
 
 # %%
 grey = np.asarray(read_image(scratch.image).convert("L"))
@@ -1155,11 +1107,11 @@ with tempfile.TemporaryDirectory() as folder:
         naive = np.asarray(file.convert("RGB"))
     right = np.asarray(read_image(path))
     Image.fromarray(grey.astype(np.uint16) * 16).save(path)
-    twelve_bits = np.asarray(read_image(path))
-    stated = np.asarray(read_image(path, white=16 * 255))
+    twelve_bits = [np.asarray(read_image(path, white=white)).max() for white in (0, 4095)]
 print(
     f"8 bits: mean {grey.mean():.0f}; Pillow's conversion of 16: mean {naive.mean():.0f}; ", end=""
 )
 print(f"read_image: mean {right.mean():.0f}")
-print("12 bits in a 16-bit file: at most", twelve_bits.max(), "instead of", grey.max(), end="; ")
-print("with its white stated:", stated.max())
+print("brightest pixel:", grey.max(), end="; ")
+print("12 bits in a 16-bit file:", twelve_bits[0], end="; ")
+print("with white=4095:", twelve_bits[1])

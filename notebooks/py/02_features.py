@@ -177,11 +177,8 @@ print("nearest:  ", distances.amin(dim=1).tolist())
 # where $[\,;\,]$ joins two vectors and $\mathrm{up}$ resizes layer3 to the grid of layer2. One
 # class, `FrozenFeatures`, does this.
 #
-# The paper puts one more step before: it averages each position with its neighbours, 3x3 in its
-# experiments. The option `neighbourhood` below does that after joining, on the grid of layer2. In
-# this chapter it is 1: no averaging.
-#
-# What is *not* in the paper is the last section of "Build it", the scale of the channels.
+# The paper also averages each position with its neighbours; the option `neighbourhood` below does
+# that, and chapter 9 takes it up. Here it is 1: no averaging.
 
 # %% [markdown]
 # ## Build it
@@ -258,9 +255,9 @@ print(f"as far as used: {count(extractor):,} parameters")
 # %% [markdown]
 # Two thirds of the parameters are gone: they belong to layer4 and to the classifier.
 #
-# Now some images. Predict the shapes before you run the cell: the stem (first convolution and
-# pooling) reduces each side to a quarter, layer1 keeps that size, layer2 and layer3 halve it once
-# more each. From 256 pixels that leaves 32 and 16 positions a side, with 512 and 1,024 channels.
+# Predict the shapes before you run the cell: the stem (first convolution and pooling) reduces each
+# side to a quarter, layer1 keeps that size, layer2 and layer3 halve it once more each. From 256 pixels
+# that leaves 32 and 16 positions a side, with 512 and 1,024 channels.
 
 # %%
 data = generate(cache_folder() / "synthetic")
@@ -375,9 +372,9 @@ for strides in ("conv2", "conv1"):
 # Hand and gradient agree. The field is centred on pixel 160, which is 8 times 20 for layer2 and
 # 16 times 10 for layer3.
 #
-# Not all pixels in the field count alike. A pixel in the corner acts on the position along one
-# chain of kernel corners, a pixel in the centre along a great many. How small is the square around
-# the centre that holds half of all gradient?
+# Not all pixels in the field count alike: one in the corner acts along a single chain of kernel
+# corners, one in the centre along a great many. How small is the square around the centre that holds
+# half of all gradient?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -521,10 +518,6 @@ with torch.no_grad():
 #   `features[n, i, j]` is the vector of one position.
 # - `around` averages the joined map over a square of `neighbourhood` positions a side; 1 leaves it
 #   alone. (The published code averages each layer on its own grid, before layer3 is enlarged.)
-# - `channels` adds up the layers' channels, read off their last convolution: `conv3` in a bottleneck,
-#   `conv2` in the smaller blocks of a ResNet-18.
-# - `no_grad` saves the memory for a backward pass that never comes, and `channels_last` is an order of
-#   numbers in memory that many processors like better.
 
 
 # %% tags=["library"]
@@ -841,9 +834,8 @@ figure.suptitle("Similar parts of an image have similar features", fontsize="med
 plt.show()
 
 # %% [markdown]
-# The backbone has never seen a nut of this data set, and nobody told it what a nut is. Still, belt,
-# hexagon and hole come out in different colours, and so does the hole in the cloth. You also see a
-# side effect: the outermost positions of the cloth have colours of their own, although the cloth is
+# Nobody told the backbone what a nut is. Still, belt, hexagon and hole come out in different colours,
+# and so does the hole in the cloth. You also see a side effect: the outermost positions of the cloth have colours of their own, although the cloth is
 # the same there. Beyond the border of the image the convolutions see zeros. The library's default
 # preset mirrors the maps there; the first chapters keep the zeros, as the paper does.
 #
@@ -1074,11 +1066,9 @@ assert not torch.equal(mean_before, mean_after)
 
 # %% [markdown]
 # In training mode every pixel of every image in the batch acts on the mean of each channel, and so
-# on every feature. The receptive field is the whole batch. And there is a second damage, which
-# stays: the running statistics have moved. Go back to evaluation mode now and the features are no
-# longer what they were. Put the statistics back, and watch what each forgotten batch does, without
-# a single step of an optimizer. `FrozenFeatures` goes through the same, inside a model on which you
-# call `train()` each time.
+# on every feature. The second damage stays: the running statistics have moved, and in evaluation mode
+# the features are no longer what they were. Put the statistics back, and watch what each forgotten
+# batch does, without a single step of an optimizer. `FrozenFeatures` goes through the same.
 
 # %%
 half_frozen.load_state_dict(before)

@@ -76,9 +76,9 @@ use_book_style()
 # {term}`synthetic anomaly`. A network that tells the two apart has to learn where normal vectors
 # lie. That real defects then score like the pushed vectors is a hope; further down you check it.
 #
-# Other detectors draw the defect into the *image*: they paste a patch of another place or blend in a
-# texture. That has to be invented anew for each product. Noise on features needs no such choice, only
-# a size.
+# Other detectors draw the defect into the *image*: they paste a patch of another place
+# {cite:p}`li2021cutpaste` or blend in a texture {cite:p}`zavrtanik2021draem`. Then you have to choose
+# what a defect may look like. Noise on features needs no such choice, only a size.
 #
 # Start with six vectors in two dimensions and six pushes. Each push has length 5: for the first,
 # $3^2 + 4^2 = 25$, and the root of 25 is 5.
@@ -497,12 +497,12 @@ plt.show()
 #   summed over 512.
 # - At 0.015 the sum is little, too: the Gaussian observer guesses. It is not the best of all judges (the
 #   second exercise builds a better one), but at 0.015 that one guesses as well.
-# - Used on *real defects*, the same observer reaches 0.97 for every σ. So the right answer to the noise
-#   task is a good defect detector, whatever σ. What σ decides is whether a network can find that
-#   answer: at 0.015 it has to hear a whisper, and at 0.5 it need not be exact, since rough answers
-#   score nearly as well.
+# - Used on *real defects*, the same observer reaches 0.97 for every σ: 0.975 at the smallest, 0.971 at
+#   σ = 2, where it nearly is chapter 3's Mahalanobis distance. So the right answer to the noise task is a
+#   good defect detector, whatever σ. What σ decides is whether a network can find that answer: at 0.015
+#   it has to hear a whisper, and at 1 any rough answer will do.
 #
-# A network has to find the answer. Measured once, with the training of chapter 7 in short (60 steps of
+# Here is what a network finds. Measured once, with the training of chapter 7 in short (60 steps of
 # 512 positions of these nuts, mean of three seeds; the last row is the share of normal positions above
 # zero and defect positions below it):
 #
