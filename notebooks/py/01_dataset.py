@@ -381,19 +381,16 @@ class ImageFiles(Dataset[Item]):
         """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
         picture, marked = _read(sample, data, self.white)
-        image, mask = as_seen(picture, marked, self.transform)
-        return {"image": image, "mask": mask, "label": sample.label, "index": index}
-
-
-def as_seen(
-    picture: Image.Image, marked: Image.Image, transform: Transform
-) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) and mask (H, W) of bool as the network sees them."""
-    image, mask = transform(
-        tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
-        tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
-    )
-    return image.as_subclass(Tensor), mask.as_subclass(Tensor)[0] > 0
+        image, mask = self.transform(
+            tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
+            tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
+        )
+        return {
+            "image": image.as_subclass(Tensor),
+            "mask": mask.as_subclass(Tensor)[0] > 0,
+            "label": sample.label,
+            "index": index,
+        }
 
 
 def _read(
