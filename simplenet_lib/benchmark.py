@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import statistics
@@ -22,14 +23,28 @@ from simplenet_lib.dataset import (
     AnomalyDataset,
     Found,
     ImageFiles,
+    Sample,
     check,
+    image_files,
     make_transform,
     photos,
+    read_file,
     shape_of,
 )
-from simplenet_lib.localization import Prediction, mask_note, metrics_of, predict
+from simplenet_lib.features import digest_of_images
+from simplenet_lib.localization import (
+    Prediction,
+    Result,
+    mask_note,
+    metrics_of,
+    predict,
+    rescale,
+    results,
+)
 from simplenet_lib.metrics import auroc_deviation, pixel_deviations
+from simplenet_lib.model import SimpleNet, read_checkpoint
 from simplenet_lib.training import Trained, train
+from simplenet_lib.weights import find_weights
 
 #: Image AUROC and pixel AUROC of SimpleNet on MVTec AD in percent, as the paper
 #: states them (table 1); transcribed from secondary sources.
@@ -176,6 +191,7 @@ def run(
     checkpoint: Path | None = None,
     skip_damaged: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
+    ready: Callable[[ImageFiles, Config], None] = lambda normal, config: None,
     keep: Callable[[Run], None] = lambda run: None,
     progress: bool = True,
 ) -> Run:
@@ -185,6 +201,8 @@ def run(
     ----------
     data, category, config, skip_damaged, say
         See :func:`datasets`.
+    ready : callable
+        Receives the normal images and the configuration for them, before the training.
     keep : callable
         Receives the run once it is trained, before anything can go wrong in its evaluation.
     weights, device, checkpoint, progress
@@ -193,6 +211,7 @@ def run(
     normal, test, config = datasets(
         data, category, config, skip_damaged=skip_damaged, say=say, progress=progress
     )
+    ready(normal, config)
     trained = train(
         normal, config, weights=weights, device=device, checkpoint=checkpoint, progress=progress
     )
@@ -205,6 +224,7 @@ def run(
         "seed": config.seed,
         "train_images": len(normal),
         "scored_unseen": len(known),
+        "images": trained.model.images,
         "oddest_training_images": dict(
             zip(
                 short_names([normal.samples[index].image for index in oddest]),
@@ -221,6 +241,8 @@ def run(
         "hardware": hardware(device),
     }
     keep(Run(trained, None, report))
+    if test is not None:
+        report["test_digest"] = digest_of(test.samples)
     if test is None or not can_be_evaluated(test):
         return Run(trained, None, report)
     start = time.perf_counter()
@@ -230,6 +252,126 @@ def run(
         some = [bool(p.unfamiliar) for p in predictions if p.sample.label == label]
         report[f"unfamiliar_share_{kind}"] = sum(some) / len(some)
     return Run(trained, predictions, report | compare(predictions))
+
+
+def digest_of(samples: Sequence[Sample]) -> str:
+    """One SHA-256 of images, their kinds and their masks, wherever they lie."""
+    digests = []
+    for sample in samples:
+        masks = [] if sample.mask is None else [sample.mask]
+        if sample.mask is not None and sample.mask.is_dir():
+            masks = image_files(sample.mask)
+        digests.append(sample.defect)
+        digests += [hashlib.sha256(read_file(path)).hexdigest() for path in (sample.image, *masks)]
+    return digest_of_images(digests)
+
+
+def is_trained(path: Path, normal: ImageFiles, config: Config, weights: Path | None) -> bool:
+    """Whether the model at ``path`` is what this training would give.
+
+    Raises
+    ------
+    SimpleNetError
+        If there is another one: it says in what they differ.
+    """
+    if not path.exists():
+        return False
+    advice = "Choose another --output, or move it away."
+    try:
+        _, metadata = read_checkpoint(path)
+        trained = json.loads(Config.from_json(metadata.get("config", "")).to_json())
+    except SimpleNetError as error:
+        raise SimpleNetError(f"{error} It is not overwritten. {advice}") from error
+    wanted = json.loads(config.to_json())
+    differences = [
+        f"{name} {trained[name]} (now {value})"
+        for name, value in wanted.items()
+        if trained[name] != value
+    ]
+    if not differences:
+        digests = [hashlib.sha256(read_file(s.image)).hexdigest() for s in normal.samples]
+        if metadata.get("images") != digest_of_images(digests):
+            differences.append("other images")
+        if metadata.get("weights") != find_weights(config.backbone, weights).digest:
+            differences.append("other pretrained weights")
+    if differences:
+        raise SimpleNetError(
+            f"{path.parent}: holds a model that was trained with {', '.join(differences)}."
+            f" It is not overwritten. {advice}"
+        )
+    return True
+
+
+def trained_on(model: Path) -> tuple[Path, str, str]:
+    """Data folder and category of the test images beside a training's, and their digest.
+
+    As ``simplenet train`` notes them beside the model, in metrics.json.
+
+    Raises
+    ------
+    SimpleNetError
+        If it is not there, belongs to another model, or there were no test images.
+    """
+    path = model.with_name("metrics.json")
+    _, metadata = read_checkpoint(model)
+    advice = "Name test images with --data."
+    if not path.is_file():
+        raise SimpleNetError(f"{path}: not there, so the training's data is unknown. {advice}")
+    report = read_run(path)
+    if not {"data", "images"} <= report.keys() or report["images"] != metadata.get("images"):
+        raise SimpleNetError(f"{path}: not of this model, so its data is unknown. {advice}")
+    if "test_digest" not in report:
+        raise SimpleNetError(f"{model}: was trained on photos without test images. {advice}")
+    return Path(report["data"]), str(report["category"]), str(report["test_digest"])
+
+
+def recalibrate(
+    model: SimpleNet, photos: Sequence[Path], false_alarms: float | None = None
+) -> tuple[float, int]:
+    """Set a model's threshold anew, by good photos that it was not trained on.
+
+    Parameters
+    ----------
+    model : SimpleNet
+        Changed in place; its accepted false alarms too, if they are given.
+    photos : sequence of Path
+        Good photos, at least two.
+    false_alarms : float, optional
+        See :func:`~simplenet_lib.localization.threshold`; the model's own without.
+
+    Returns
+    -------
+    before : float
+        The score that the new threshold had before.
+    unfamiliar : int
+        How many photos look unlike the training photos as a whole.
+
+    Raises
+    ------
+    SimpleNetError
+        If a photo cannot be read, it was trained on just these, or they do not differ.
+    """
+    digests = [hashlib.sha256(read_file(photo)).hexdigest() for photo in photos]
+    if model.images == digest_of_images(digests):
+        raise SimpleNetError(
+            f"the {len(photos)} photos are those the model was trained on: it knows them, and the"
+            " threshold would be too low. Take others."
+        )
+    found: list[Result] = []
+    damaged: list[str] = []
+    for result in results(model, photos, [*map(str, photos)], progress=True):
+        if isinstance(result, SimpleNetError):
+            damaged.append(str(result))
+        else:
+            found.append(result)
+    if damaged:
+        raise SimpleNetError(f"{' '.join(damaged)} Mend or remove them.")
+    if false_alarms is not None:
+        model.config = replace(model.config, false_alarms=false_alarms)
+    typical, threshold = model.typical, model.threshold
+    rescale(model, [result.score for result in found], model.config.false_alarms)
+    before = (model.threshold - typical) / (threshold - typical)
+    return before, sum(bool(result.unfamiliar) for result in found)
 
 
 def compare(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -302,6 +444,8 @@ def hardware(device: str) -> str:
     """The graphics card by name, or the number of processor threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "mps":
+        return "Apple GPU"
     return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
 
 

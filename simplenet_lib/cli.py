@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
+import math
 import os
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from simplenet_lib.config import preset as preset_named
 
 if TYPE_CHECKING:
     from simplenet_lib.benchmark import Run
+    from simplenet_lib.dataset import ImageFiles
     from simplenet_lib.localization import Prediction
     from simplenet_lib.model import SimpleNet
 
@@ -56,7 +57,24 @@ Weights = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, or auto: a GPU if PyTorch finds one.")
+    str,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1, mps, or auto: a CUDA GPU if PyTorch finds one."
+    ),
+]
+Threshold = Annotated[
+    float,
+    typer.Option("--threshold", help="Score above which an image is anomalous; 1: the model's."),
+]
+MaxFalseAlarms = Annotated[
+    float | None,
+    typer.Option(
+        "--max-false-alarms",
+        min=0,
+        max=0.5,
+        help="Share of good photos that may be called anomalous, such as 0.01; 0 for none of those"
+        " that set the threshold. 0.05 by default.",
+    ),
 ]
 
 
@@ -103,6 +121,16 @@ def main() -> None:
         app()
     except (SimpleNetError, OSError) as error:
         print(f"simplenet: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:  # PyTorch's are known by their words alone
+        text = f"{type(error).__name__} {error}".lower()
+        if any(word in text for word in ("memoryerror", "out of memory", "allocate memory")):
+            what = "the memory is full: close other programs, or use --device cpu if it is a GPU's"
+        elif "cuda error" in text or "no kernel image" in text:
+            what = f"the GPU failed ({str(error).splitlines()[0]}): use --device cpu"
+        else:
+            raise
+        print(f"simplenet: {what}.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -166,6 +194,7 @@ def train(
         bool, typer.Option("--skip-damaged", help="Train without the files that cannot be read.")
     ] = False,
     max_pixels: MaxPixels = None,
+    max_false_alarms: MaxFalseAlarms = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
@@ -174,34 +203,62 @@ def train(
     DATA is a folder of good photos and nothing else, or says by the names of its
     folders which are good: OK and NG, or train/good and test. Leaves model.safetensors and
     metrics.json in OUTPUT, and examples.png if there are test images. Ctrl-C
-    keeps what was learned: the same command goes on from there.
+    keeps what was learned: the same command goes on from there. A model that is
+    there already is never overwritten.
     """
     config = _changed(preset_named(preset, seed=seed, white=white), changes or [])
+    if max_false_alarms is not None:
+        config = replace(config, false_alarms=max_false_alarms)
     data, category = _find_data(data, category)
     output = output or Path("runs") / f"{category or data.resolve().name}-{preset}-{config.seed}"
-    _check_writable(output)
+    from simplenet_lib.benchmark import is_trained
+    from simplenet_lib.model import check_writable, write_whole
 
-    from simplenet_lib.model import write_whole
-
+    check_writable(output)
     state = output / "training.safetensors"
     written = [output / "model.safetensors", output / "metrics.json"]
 
+    def ready(normal: ImageFiles, config: Config) -> None:
+        done = written[1].is_file() and not state.is_file()  # and not stopped on the way
+        if is_trained(written[0], normal, config, weights) and done:
+            print(
+                f"{written[0]} is there already, of the same images and settings. To evaluate it:"
+                f" simplenet evaluate {output}"
+            )
+            raise typer.Exit
+
     def keep(run: Run) -> None:
         run.trained.model.save(written[0])
-        write_whole(written[1], _as_json(run.report))
+        write_whole(written[1], _as_json(run.report | where))
         say(f"Trained: {written[0]}")
 
     say = _say_of(category or data.resolve().name)
-    done = _run(data, category, config, weights, device, state, keep, say, skip_damaged)
+    where = {"data": str(data.resolve())}
+    done = _run(
+        data,
+        category,
+        config,
+        weights,
+        device,
+        state,
+        ready=ready,
+        keep=keep,
+        say=say,
+        skip_damaged=skip_damaged,
+    )
     if done.predictions is not None:
-        write_whole(written[1], _as_json(done.report))
+        write_whole(written[1], _as_json(done.report | where))
         written.append(output / "examples.png")
         _write_examples(written[-1], done.trained.model, done.predictions)
         _print_metrics(done.report)
     else:
         print("No test images with and without a defect: nothing to evaluate.")
-    scored = done.report["scored_unseen"]
-    print(promise(scored, config.false_alarms))
+    _print_promise(
+        done.report["scored_unseen"],
+        config.false_alarms,
+        max_false_alarms is not None,
+        "each scored by heads that have not seen it",
+    )
     oddest = ", ".join(
         f"{name} ({score:.2f})" for name, score in done.report["oddest_training_images"].items()
     )
@@ -232,7 +289,7 @@ def benchmark(
     from simplenet_lib.benchmark import can_be_evaluated, datasets, is_done, read_runs, table
     from simplenet_lib.dataset import LAYOUTS
     from simplenet_lib.dataset import categories as categories_in
-    from simplenet_lib.model import write_whole
+    from simplenet_lib.model import check_writable, write_whole
 
     if not data.is_dir():
         raise SimpleNetError(f"{data}: no such folder.")
@@ -255,7 +312,7 @@ def benchmark(
             seeded = replace(config, seed=number)
             if not is_done(path, dataset, name, seeded):
                 missing.append((name, seeded, path))
-    _check_writable(output)
+    check_writable(output)
     for number, (name, config, path) in enumerate(missing, start=1):
         print(f"{number} of {len(missing)}: {name}, seed {config.seed}", flush=True)
         state = path.with_suffix(".training.safetensors")
@@ -272,9 +329,7 @@ def _run(
     weights: Path | None,
     device: str,
     state: Path,
-    keep: Callable[[Run], None] = lambda run: None,
-    say: Callable[[str], None] = lambda sentence: None,
-    skip_damaged: bool = False,
+    **options: Any,
 ) -> Run:
     """Train, and evaluate if there is a test split; what is learned is kept in ``state``."""
     from simplenet_lib.benchmark import run
@@ -287,9 +342,7 @@ def _run(
             weights=weights,
             device=_device(device),
             checkpoint=state,
-            skip_damaged=skip_damaged,
-            say=say,
-            keep=keep,
+            **options,
         )
     except KeyboardInterrupt:
         kept = " Run the same command to go on from there." if state.is_file() else ""
@@ -305,27 +358,69 @@ def _say_of(name: str) -> Callable[[str], None]:
 @app.command()
 def evaluate(
     model: ModelPath,
-    data: Data = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder as for `train`; without it, what the model was trained on."),
+    ] = None,
     category: Category = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Table of all images; evaluation.csv beside the model by default."),
+    ] = None,
+    threshold: Threshold = 1.0,
     max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Evaluate a trained model on the test images of a category."""
-    data, category = _find_data(data, category)
+    """Evaluate a trained model on test images: metrics, a table, and the wrong verdicts.
+
+    Without --data it takes the test images that lay beside those of the training,
+    and refuses if they have changed since.
+    """
+    from simplenet_lib.benchmark import compare, digest_of, trained_on
+    from simplenet_lib.dataset import AnomalyDataset, make_transform
+    from simplenet_lib.localization import check_both_kinds, check_threshold
+    from simplenet_lib.localization import predict as predict_images
+    from simplenet_lib.model import checkpoint_in
+    from simplenet_lib.outputs import check_evaluation, write_evaluation
+
+    check_threshold(threshold)
+    file = checkpoint_in(model)
+    output = output or file.parent / "evaluation.csv"
+    check_evaluation(output)
+    if data is None:
+        data, category, digest = trained_on(file)
+        print(f"Test images of '{category}' in {data}, beside those of the training.")
+    else:
+        data, category = _find_data(data, category)
+        digest = None
     if category is None:
         raise SimpleNetError(f"{data}: holds photos only. `simplenet predict` gives them verdicts.")
-    from simplenet_lib.benchmark import compare
-    from simplenet_lib.dataset import AnomalyDataset, make_transform
-    from simplenet_lib.localization import evaluate as evaluate_model
-
     net = _load(model, weights, device)
     transform = make_transform(net.config.size, net.config.seen)
     test = AnomalyDataset(data, category, "test", transform, net.config.white)
     for sentence in filter(None, (test.found.summary(), test.mask_note)):
         _say_of(category)(sentence)
-    _, predictions = evaluate_model(net, test)
+    check_both_kinds(test.samples)
+    if digest not in (None, digest_of(test.samples)):
+        raise SimpleNetError(
+            f"{data}: the test images of '{category}' are others than when the model was trained."
+            f" To evaluate on them all the same: --data {data} --category {category}."
+        )
+    predictions = [
+        replace(prediction, anomalous=prediction.score > threshold)
+        for prediction in predict_images(net, test)
+    ]
     _print_metrics(compare(predictions))
+    wrong = write_evaluation(output, predictions, threshold)
+    if wrong:
+        print(f"Wrong verdicts, worst first ({len(wrong)} of {len(predictions)}):")
+        for prediction in wrong[:20]:
+            kind = "false alarm" if prediction.anomalous else f"missed {prediction.sample.defect}"
+            print(f"{prediction.score:8.2f}  {kind:20} {prediction.sample.image}")
+        if len(wrong) > 20:
+            print(f"and {len(wrong) - 20} more in the table")
+    print(output)
 
 
 @app.command()
@@ -337,67 +432,121 @@ def predict(
     output: Annotated[
         Path, typer.Option(help="Folder for predictions.csv and the overlays.")
     ] = Path("predictions"),
+    threshold: Threshold = 1.0,
+    overlay: Annotated[
+        bool, typer.Option("--overlay/--no-overlay", help="Lay the map over each image, as PNG.")
+    ] = True,
+    save_maps: Annotated[
+        bool,
+        typer.Option(
+            "--save-maps",
+            help="Anomaly maps as .npy, float32, as large as their images; NaN where none is seen.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write predictions.json as well, with all regions.")
+    ] = False,
     max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Score images: a CSV with a verdict for each, and the anomaly map laid over each.
+    """Score images: a table with a verdict for each, and the anomaly map laid over each.
 
     The white line in an overlay encloses what is more anomalous than the
-    threshold. An image counts as unfamiliar if it looks unlike the training
-    photos as a whole: do not trust its verdict. A folder that an earlier
-    `predict` wrote is replaced.
+    threshold; the table names these regions. An image counts as unfamiliar if it
+    looks unlike the training photos as a whole: do not trust its verdict.
+
+    Table and overlays are written while the images are judged: what is there stays
+    after Ctrl-C. An image that cannot be read is in the table with the reason, and
+    the exit code is then 3. What an earlier `predict` wrote to the folder is
+    replaced.
     """
-    ours = {"predictions.csv", "overlays"}
-    if os.path.lexists(output) and not (
-        output.is_dir() and {path.name for path in output.iterdir()} in (set(), ours)
-    ):
-        raise SimpleNetError(f"{output}: exists and holds something else. Choose another.")
+    from simplenet_lib.localization import check_threshold, results
+    from simplenet_lib.outputs import TABLE, PredictionFolder, check_folder
+
+    check_threshold(threshold)
+    check_folder(output)
     found = _find_images(images, output)
-    _check_writable(output.absolute().parent)
-
-    from simplenet_lib.dataset import ImageFiles, Sample, make_transform, read_image
-    from simplenet_lib.localization import predict as predict_images
-    from simplenet_lib.plots import overlay
-
     net = _load(model, weights, device)
-    transform = make_transform(net.config.size, net.config.seen)
-    dataset = ImageFiles([Sample(path, "good") for path in found], transform, net.config.white)
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(["image", "score", "verdict", "unfamiliar", "overlay"])
     anomalous = unfamiliar = 0
+    damaged: list[Path] = []
+    folder = PredictionFolder(output, found, overlays=overlay, maps=save_maps, records=as_json)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".predict-") as scratch:
-            staged = Path(scratch) / "predictions"
-            for prediction in predict_images(net, dataset):
-                path = prediction.sample.image
-                name = Path("overlays") / found[path]
-                image = read_image(path, white=net.config.white)
-                picture = overlay(image, prediction.map, net.config)
-                (staged / name).parent.mkdir(parents=True, exist_ok=True)
-                picture.save(staged / name)
-                verdict = "anomalous" if prediction.anomalous else "normal"
-                anomalous += prediction.anomalous
-                unlike = ", ".join(prediction.unfamiliar)
-                unfamiliar += bool(unlike)
-                writer.writerow([path, f"{prediction.score:.6g}", verdict, unlike, name])
-            text = table.getvalue().encode(errors="surrogateescape")
-            (staged / "predictions.csv").write_bytes(text)
-            if output.exists():
-                os.replace(output, Path(scratch) / "earlier")
-            os.replace(staged, output)
-    except OSError as error:
-        raise SimpleNetError(f"{output}: could not be written ({error}).") from error
-    print(f"{anomalous} of {len(found)} images are anomalous (score above 1).")
-    if 2 * unfamiliar > len(found):
+        names = [str(path) for path in found]
+        judging = results(net, [*found], names, threshold=threshold, progress=True)
+        # Closed, so that its bar and threads end before anything is said.
+        with folder, closing(judging) as judged:
+            for path, result in zip(found, judged, strict=True):
+                folder.write(path, result)
+                if isinstance(result, SimpleNetError):
+                    damaged.append(path)
+                else:
+                    anomalous += result.anomalous
+                    unfamiliar += bool(result.unfamiliar)
+    except KeyboardInterrupt:
+        kept = f" {folder.written} of {len(found)} images are in {output / TABLE}."
+        print(f"simplenet: stopped.{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    count = len(found) - len(damaged)
+    print(f"{anomalous} of {count} images are anomalous (score above {threshold:g}).")
+    if 2 * unfamiliar > count:
         print(
             f"{unfamiliar} of them look unlike the training photos as a whole (other light, focus,"
             " camera or product?): do not trust these verdicts. See chapter 12."
         )
-    print(output / "predictions.csv")
-    print(output / "overlays")
+    if damaged:
+        some = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        print(f"{len(damaged)} cannot be read, the column `error` says why: {some}")
+    for path in sorted(output.iterdir()):
+        if path.name in folder.made:
+            print(path)
+    if damaged:
+        raise typer.Exit(3)
+
+
+@app.command()
+def calibrate(
+    model: ModelPath,
+    photos: Annotated[
+        list[Path],
+        typer.Argument(help="Good photos that it was not trained on, or folders of such."),
+    ],
+    max_false_alarms: MaxFalseAlarms = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the model here, and leave the first as it is.")
+    ] = None,
+    max_pixels: MaxPixels = None,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Set the threshold of a trained model anew, by good photos, without training.
+
+    For example after a new lamp, or once there are more photos: the more, the
+    fewer false alarms can be promised.
+    """
+    from simplenet_lib.benchmark import recalibrate
+    from simplenet_lib.model import check_writable, checkpoint_in
+
+    file = checkpoint_in(model)
+    target = output or file
+    if output is not None and (output.is_dir() or not output.suffix):
+        target = output / "model.safetensors"
+    if output is not None and target.exists():
+        raise SimpleNetError(f"{target}: exists. It is not overwritten; choose another --output.")
+    check_writable(target.parent)
+    found = _find_images(photos, target)
+    net = _load(model, weights, device)
+    before, unfamiliar = recalibrate(net, [*found], max_false_alarms)
+    net.save(target)
+    asked = max_false_alarms is not None
+    _print_promise(len(found), net.config.false_alarms, asked, "new to the model")
+    print(f"A score of 1 was one of {before:.3f} before.")
+    if 2 * unfamiliar > len(found):
+        print(
+            f"{unfamiliar} of the photos look unlike the training photos as a whole, and `predict`"
+            " will go on to say so: better train anew, with photos like these."
+        )
+    print(target)
 
 
 @app.command()
@@ -411,9 +560,11 @@ def export(
     Input: RGB pixels (N, 3, side, side) from 0 to 1, resized and cropped as
     its metadata say. Outputs: anomaly map and image score.
     """
-    net = _load(model, weights, "cpu")
-    _check_writable(output.absolute().parent)
     from simplenet_lib.export import export_onnx
+    from simplenet_lib.model import check_writable
+
+    check_writable(output.absolute().parent)
+    net = _load(model, weights, "cpu")
 
     export_onnx(net, output)
     print(output)
@@ -424,9 +575,13 @@ def info(
     model: Annotated[Path | None, typer.Argument(help="A trained model to describe.")] = None,
     weights: Weights = None,
 ) -> None:
-    """Show versions, where the pretrained weights come from, the cache, and a model's settings."""
+    """Show versions, where the pretrained weights come from, the cache, and a model's settings.
+
+    Nothing is downloaded, and no weights are needed.
+    """
     from simplenet_lib.benchmark import versions
     from simplenet_lib.features import cache_folder
+    from simplenet_lib.model import checkpoint_in, read_checkpoint
     from simplenet_lib.weights import find_weights
 
     for name, version in versions().items():
@@ -435,11 +590,15 @@ def info(
     size = sum(entry.stat().st_size for entry in entries) / 1e9
     print(f"{'feature cache':14} {cache_folder()}: {len(entries)} files, {size:.1f} GB")
     if model is None:
-        print(f"{'weights':14} {find_weights('resnet50', weights).source}")
         config = PRESETS["fast"]
+        try:
+            source = find_weights(config.backbone, weights, download=False).source
+        except SimpleNetError as error:
+            source = str(error)
+        print(f"{'weights':14} {source}")
     else:
-        net = _load(model, weights, "cpu")
-        config = net.config
+        _, metadata = read_checkpoint(checkpoint_in(model))
+        config = Config.from_json(metadata.get("config", ""))
     print(f"{'preset':14} {config.preset}")
     for name, value in json.loads(config.to_json()).items():
         print(f"  {name:16} {value}")
@@ -511,59 +670,50 @@ def _find_images(paths: list[Path], output: Path) -> dict[Path, Path]:
         but = f", but {passed_over(passed)}" if passed else ""
         raise SimpleNetError(f"{', '.join(map(str, paths))}: no images found{but}.")
     print(f"Found {len(found)} images{'; ' if passed else ''}{passed_over(passed)}.", flush=True)
-    taken: set[Path] = set()
-    for image, name in found.items():  # a.jpg and a.png must not share one overlay
-        number = 2
-        unique = name
-        while unique in taken:
-            unique = name.with_stem(f"{name.stem}-{number}")
-            number += 1
-        taken.add(unique)
-        found[image] = unique
     return found
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before the work, not after it, if nothing can be written to ``folder``."""
-    try:
-        existing = folder.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
-    except OSError as error:
-        raise SimpleNetError(f"{folder}: cannot be written to ({error}).") from error
 
 
 def _load(path: Path, weights: Path | None, device: str) -> SimpleNet:
     from simplenet_lib.model import SimpleNet
 
-    file = path / "model.safetensors" if path.is_dir() else path
-    return SimpleNet.load(file, weights).to(_device(device))
+    device = _device(device)  # a wrong one is named before the file is read
+    return SimpleNet.load(path, weights).to(device)
 
 
 def _device(name: str) -> str:
     import torch
 
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise SimpleNetError(f"unknown device '{name}'. Known: cpu, cuda, auto.")
-    if name == "cuda" and not torch.cuda.is_available():
+        return "cuda" if cuda else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and not number.isdecimal()):
+        raise SimpleNetError(f"unknown device '{name}'. Known: cpu, cuda, cuda:1, mps, auto.")
+    if kind == "cuda" and not cuda:
         raise SimpleNetError("no CUDA device found. Use --device cpu.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise SimpleNetError("no Apple GPU found. Use --device cpu.")
+    if number and int(number) >= max(cuda if kind == "cuda" else 1, 1):
+        known = [f"cuda:{other}" for other in range(cuda)] if kind == "cuda" else [kind]
+        raise SimpleNetError(f"no device '{name}'. Found: {', '.join(known)}.")
     return name
 
 
-def promise(count: int, false_alarms: float) -> str:
-    """What can be said of false alarms at a threshold from ``count`` good photos."""
+def _print_promise(count: int, false_alarms: float, asked: bool, how: str) -> None:
+    """What the threshold is, and how many false alarms to expect of it."""
     from simplenet_lib.localization import allowed
 
     rank = max(1, allowed(count, false_alarms))
-    which = "highest score" if rank == 1 else f"number {rank} of the highest scores"
-    return (
-        f"The threshold is the {which} of {count} good photos, each scored by heads that have"
-        f" not seen it: expect about {rank / (count + 1):.1%} false alarms on photos like them."
+    place = {1: "highest", 2: "second highest", 3: "third highest"}.get(rank, f"{rank}th highest")
+    rate = rank / (count + 1)
+    print(
+        f"The threshold is the {place} score of {count} good photos, {how}: expect about"
+        f" {rate:.1%} false alarms on good photos like them."
     )
+    if asked and rate > false_alarms:
+        few = math.ceil(1 / false_alarms - 1 - 1e-9) if false_alarms else 0
+        needed = f"{few} photos are needed" if few else "no number is enough"
+        print(f"That is more than the {false_alarms:.2%} asked for: for these, {needed}.")
 
 
 def _as_json(report: dict[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -34,7 +34,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from simplenet_lib.config import SimpleNetError
+from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD
 
 try:  # phones' HEIC files: the optional extra `heic`
@@ -472,7 +472,11 @@ def _open(path: Path, data: bytes | None = None) -> Image.Image:
 
 
 def _not_readable(path: Path, error: Exception) -> str:
-    reason = "the file is empty" if path.exists() and not path.stat().st_size else str(error)
+    reason = str(error)
+    if path.exists() and not path.stat().st_size:
+        reason = "the file is empty"
+    elif isinstance(error, UnidentifiedImageError):
+        reason = "no image, or of an unknown format"
     large = isinstance(error, Image.DecompressionBombError)
     hint = " If it is a scan of that size, allow it with --max-pixels." if large else ""
     return f"{path}: not a readable image ({reason}).{hint}"
@@ -518,6 +522,91 @@ def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image
         If the file is missing, damaged, too large to be a photograph, or not an image.
     """
     return as_rgb(_open(path, data), white)
+
+
+def as_picture(
+    source: Path | str | bytes | Image.Image | NDArray[Any],
+    name: str,
+    channels: Literal["rgb", "bgr"] = "rgb",
+    white: float = 0,
+) -> Image.Image:
+    """Any image of a program's as upright 8-bit RGB.
+
+    Parameters
+    ----------
+    source : Path, str, bytes, Image or ndarray
+        A file or its bytes; an image of Pillow's, of any mode; or an array (H, W), (H, W, 1),
+        (H, W, 3) or (H, W, 4): of uint8; of floating point from 0 to ``white``; of uint16
+        if ``white`` is known.
+    name : str
+        What an error calls it.
+    channels : {"rgb", "bgr"}
+        Order of the channels of an array; OpenCV's is ``"bgr"``.
+    white : float
+        See :func:`as_rgb`.
+
+    Raises
+    ------
+    SimpleNetError
+        If it cannot be read, or could be meant in more than one way.
+    """
+    if channels not in ("rgb", "bgr"):
+        raise SimpleNetError(f"channels is '{channels}', not rgb or bgr.")
+    if channels == "bgr" and not isinstance(source, np.ndarray):
+        raise SimpleNetError(f"{name}: channels='bgr' is for arrays; a file says its order itself.")
+    if isinstance(source, str | Path):
+        return read_image(Path(source), white=white)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return read_image(Path(name), bytes(source), white)
+    if isinstance(source, Image.Image):
+        try:
+            return as_rgb(ImageOps.exif_transpose(source), white)
+        except Exception as error:  # it may be a damaged file that is decoded only now
+            raise SimpleNetError(f"{name}: not a readable image ({error}).") from error
+    if not isinstance(source, np.ndarray):
+        raise SimpleNetError(
+            f"{name}: a {type(source).__name__}. Give a path, bytes, a Pillow image or a NumPy"
+            " array of height, width and channels."
+        )
+    return _array_as_picture(source, name, channels, white)
+
+
+def _array_as_picture(array: NDArray[Any], name: str, channels: str, white: float) -> Image.Image:
+    what = f"{name}: an array of {array.dtype} and shape {array.shape}"
+    if array.ndim == 4:
+        raise SimpleNetError(f"{what}. Several images? Give them as a list.")
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        raise SimpleNetError(f"{what}. Channels come last: array.transpose(1, 2, 0).")
+    if array.ndim not in (2, 3) or array.size == 0 or array.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise SimpleNetError(f"{what}. Expected height, width and 1, 3 or 4 channels.")
+    if array.dtype == np.uint16 and not white:
+        raise SimpleNetError(
+            f"{what}. The model was trained on photos of 8 bits and knows no white level for 16:"
+            " give uint8."
+        )
+    if array.dtype.kind == "f":
+        top = white or 1
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= top):  # NaN, too
+            raise SimpleNetError(
+                f"{what} holds values from {low:g} to {high:g}. Floating point goes from 0 to"
+                f" {top:g}; or give uint8."
+            )
+    elif array.dtype not in (np.uint8, np.uint16):
+        raise SimpleNetError(f"{what}. Give uint8 from 0 to 255, or floating point from 0 to 1.")
+    planes = array[..., None] if array.ndim == 2 else array
+    if channels == "bgr" and planes.shape[2] >= 3:
+        planes = planes[..., [2, 1, 0, *range(3, planes.shape[2])]]
+    if planes.dtype == np.uint8:
+        eight = [planes[..., number] for number in range(planes.shape[2])]
+    else:
+        deep = np.float32 if planes.dtype.kind == "f" else np.uint16
+        eight = [
+            np.asarray(as_rgb(Image.fromarray(planes[..., number].astype(deep)), white))[..., 0]
+            for number in range(planes.shape[2])
+        ]
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[len(eight)]
+    return as_rgb(Image.merge(mode, [Image.fromarray(plane) for plane in eight]))
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -601,6 +690,26 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
     return transform
 
 
+def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, int]:
+    """The central part of a ``width`` x ``height`` image that the network sees.
+
+    Returns
+    -------
+    tuple of int
+        Left, top, right, bottom in pixels.
+    """
+    edges = []
+    for length, whole, seen in zip(
+        (width, height), config.size[::-1], config.seen[::-1], strict=True
+    ):
+        offset = round((whole - seen) / 2)  # as CenterCrop rounds it
+        edges.append([round(length * at / whole) for at in (offset, offset + seen)])
+    (left, right), (top, bottom) = edges
+    # Of an image of a few pixels at least one is seen.
+    left, top = min(left, width - 1), min(top, height - 1)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
 class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no types
     """Resize an image and its mask, of which no region is lost.
 
@@ -613,9 +722,9 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Resize an image (3, h, w) and a mask of 0 and 1, (1, h, w)."""
         small, marked = super().forward(image, mask)
-        regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
-        if not count:
+        if not mask.any():  # of a large photo, labelling takes longer than reading it
             return small, marked
+        regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
         left = super().forward(tv_tensors.Mask(torch.from_numpy(regions)[None]))
         lost = np.setdiff1d(np.arange(1, count + 1), left.numpy())
         places, of = np.argwhere(regions), regions[regions > 0]
@@ -625,6 +734,13 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
         rows, columns = (middle * marked.shape[1:] / regions.shape).astype(int).T
         marked[0, rows, columns] = 1
         return small, marked
+
+
+def as_seen(picture: Image.Image, transform: Transform) -> Tensor:
+    """An image without a mask as the network sees it, (3, H, W)."""
+    no_mask = tv_tensors.Mask(torch.zeros(1, 1, 1, dtype=torch.uint8))
+    image, _ = transform(tv_tensors.Image(v2.functional.pil_to_tensor(picture)), no_mask)
+    return image.as_subclass(Tensor)
 
 
 def shape_of(samples: Sequence[Sample]) -> float:

@@ -6,13 +6,14 @@ import hashlib
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from simplenet_lib.drift import describe
 from simplenet_lib.weights import Weights, torchvision_url
 
 FEATURE_BATCH = 8
+READERS = min(16, os.cpu_count() or 1)  # threads that decode images
 CACHE_LIMIT_BYTES = 32 * 10**9
 
 
@@ -238,11 +240,37 @@ def batches(items: Iterable[Item]) -> Iterator[dict[str, Tensor]]:
         some = list(islice(waiting, FEATURE_BATCH))
         return default_collate(some) if some else None
 
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(read)
-        while (batch := coming.result()) is not None:
+    try:
+        with ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(read)
-            yield batch
+            while (batch := coming.result()) is not None:
+                coming = reader.submit(read)
+                yield batch
+    finally:
+        if isinstance(waiting, Generator):  # it may have threads of its own
+            waiting.close()
+
+
+One = TypeVar("One")
+Read = TypeVar("Read")
+
+
+def ahead(read: Callable[[One], Read], ones: Iterable[One]) -> Iterator[Read]:
+    """``read`` of every one, in order, by as many threads as there are cores.
+
+    A batch and a little more is read before it is asked for, never more: memory does not
+    grow with the number of images.
+    """
+    waiting = iter(ones)
+    with ThreadPoolExecutor(READERS) as readers:
+        coming = deque(readers.submit(read, one) for one in islice(waiting, FEATURE_BATCH))
+        try:
+            while coming:
+                coming.extend(readers.submit(read, one) for one in islice(waiting, 1))
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 #: Cached features of one image, (h, w, C) in half precision, read from disk as needed.
@@ -296,9 +324,22 @@ class FeatureMaps(Sequence[FeatureMap]):
         return result
 
 
+def digest_of_images(digests: Iterable[str]) -> str:
+    """One SHA-256 of many, in their order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def cache_folder() -> Path:
     """Where features are cached: ``SIMPLENET_CACHE``, or ``~/.cache/simplenet``."""
-    return Path(os.environ.get("SIMPLENET_CACHE") or Path.home() / ".cache" / "simplenet")
+    if os.environ.get("SIMPLENET_CACHE"):
+        return Path(os.environ["SIMPLENET_CACHE"])
+    try:
+        return Path.home() / ".cache" / "simplenet"
+    except RuntimeError as error:
+        raise SimpleNetError(
+            "no home folder to keep features in: set SIMPLENET_CACHE to a folder that can be"
+            " written."
+        ) from error
 
 
 def cached_features(
@@ -334,20 +375,21 @@ def cached_features(
     def entry(index: int) -> Path:
         return folder / (hashlib.sha256(f"{key}\n{digests[index]}".encode()).hexdigest() + ".npy")
 
-    def missing() -> Iterator[Item]:
-        for index, sample in enumerate(dataset.samples):
-            data = read_file(sample.image)
-            digests[index] = hashlib.sha256(data).hexdigest()
-            try:
-                found[index] = _read_features(entry(index))
-            except Exception:  # not there, or damaged in whatever way
-                yield dataset.item(index, data)
+    def missing(index: int) -> Item | None:
+        data = read_file(dataset.samples[index].image)
+        digests[index] = hashlib.sha256(data).hexdigest()
+        try:
+            found[index] = _read_features(entry(index))
+            return None
+        except Exception:  # not there, or damaged in whatever way
+            return dataset.item(index, data)
 
     device = next(extractor.parameters()).device
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(dataset), desc="features", unit="image", disable=not progress) as bar:
-            for batch in batches(missing()):
+            reading = ahead(missing, range(len(dataset)))
+            for batch in batches(item for item in reading if item is not None):
                 images = batch["image"].to(device)
                 with torch.inference_mode():
                     outputs = extractor.outputs(images)
@@ -386,7 +428,10 @@ def _read_features(path: Path) -> tuple[FeatureMap, NDArray[np.float32]]:
         file.seek(count * dtype.itemsize, os.SEEK_CUR)
         description: NDArray[np.float32] = np.load(file, allow_pickle=False)
     # Unlike numpy's memory maps, torch's keep no file open: there may be one for each image.
-    mapped = torch.from_file(str(path), shared=False, size=start + count, dtype=torch.float16)
+    try:
+        mapped = torch.from_file(str(path), shared=False, size=start + count, dtype=torch.float16)
+    except RuntimeError:  # a disk whose files cannot be mapped: they take up memory
+        mapped = torch.from_numpy(np.fromfile(path, np.float16, start + count))
     features: FeatureMap = mapped[start:].view(shape).numpy()
     features.flags.writeable = False
     with suppress(OSError):  # the folder may be another user's

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 from tqdm import tqdm
 
-from simplenet_lib.config import SimpleNetError
-from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample
+from simplenet_lib.config import Config, SimpleNetError
+from simplenet_lib.dataset import (
+    AnomalyDataset,
+    ImageFiles,
+    Sample,
+    as_picture,
+    as_seen,
+    make_transform,
+    seen_box,
+)
 from simplenet_lib.drift import describe
-from simplenet_lib.features import batches
-from simplenet_lib.metrics import image_metrics, pixel_metrics
-from simplenet_lib.model import SimpleNet
+from simplenet_lib.features import FEATURE_BATCH, ahead, batches
+from simplenet_lib.metrics import EIGHT_NEIGHBOURS, image_metrics, pixel_metrics
+
+if TYPE_CHECKING:  # the model imports this module, not the other way round
+    from simplenet_lib.model import SimpleNet
+
+Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+Source = Path | str | bytes | Image.Image | NDArray[Any]
+PICTURE_PIXELS = 1_000_000  # at most, of the picture that an overlay is drawn on
 
 
 def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -> Tensor:
@@ -82,6 +103,12 @@ def allowed(count: int, false_alarms: float) -> int:
     return math.floor(false_alarms * (count + 1) + 1e-9)
 
 
+def check_threshold(value: float) -> None:
+    """Refuse a threshold that no score exceeds, or that is no number."""
+    if not math.isfinite(value):
+        raise SimpleNetError(f"the threshold is {value}; it must be a number, such as 1.2.")
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the model says of one image.
@@ -106,12 +133,192 @@ class Prediction:
     sample: Sample
     score: float
     anomalous: bool
-    map: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+    map: Map
     mask: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
     unfamiliar: list[str]
 
 
+@dataclass(frozen=True)
+class Region:
+    """A connected part of a photo that is more anomalous than the threshold.
+
+    Attributes
+    ----------
+    x, y, width, height : int
+        The box around it: its left and upper edge and its size, in pixels of the photo.
+    area : int
+        How many of the photo's pixels it covers, about: it is measured on the map.
+    peak : float
+        The highest value of the anomaly map in it.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+
+
+def regions(map_: Map, box: tuple[int, int, int, int], threshold: float = 1.0) -> list[Region]:
+    """Where an anomaly map exceeds a threshold, the highest first; pixels touch all eight around.
+
+    Parameters
+    ----------
+    map_ : ndarray
+        Anomaly map, (h, w), of the part ``box`` of a photo.
+    box : tuple of int
+        Left, top, right, bottom in the photo's pixels, see
+        :func:`simplenet_lib.dataset.seen_box`.
+    threshold : float
+        On the map's scale.
+    """
+    labels, count = ndimage.label(map_ > threshold, EIGHT_NEIGHBOURS)
+    left, top, right, bottom = box
+    across, down = (right - left) / map_.shape[1], (bottom - top) / map_.shape[0]
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    peaks = ndimage.maximum(map_, labels, range(1, count + 1))
+    found = []
+    for (rows, columns), size, peak in zip(ndimage.find_objects(labels), sizes, peaks, strict=True):
+        x, y = left + math.floor(columns.start * across), top + math.floor(rows.start * down)
+        width = left + math.ceil(columns.stop * across) - x
+        height = top + math.ceil(rows.stop * down) - y
+        area = max(1, round(size * across * down))
+        found.append(Region(x, y, width, height, area, float(peak)))
+    return sorted(found, key=lambda region: -region.peak)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What the model says of one photo, in the photo's own pixels.
+
+    It keeps a picture of at most one megapixel to draw on. Of very many photos ask for
+    one result after another: see :meth:`simplenet_lib.model.SimpleNet.predict`.
+
+    Attributes
+    ----------
+    name : str
+        The file, or for an image without one ``"image"`` and its number.
+    score : float
+        Maximum of the anomaly map: about 0 for a typical normal photo, 1 at the threshold
+        that the model has.
+    unfamiliar : list of str
+        In what way the photo as a whole looks unlike the training photos, mostly in none. If
+        in any, do not trust the verdict.
+    size : (int, int)
+        Width and height of the photo in pixels.
+    threshold : float
+        The score above which the photo counts as anomalous.
+    seen : ndarray
+        Anomaly map, (h, w) of float32, in the resolution of the network, of the part of the
+        photo that it sees.
+    picture : Image
+        The photo, upright, 8-bit RGB, smaller if it is large.
+    config : Config
+        The configuration of the model.
+    """
+
+    name: str
+    score: float
+    unfamiliar: list[str]
+    size: tuple[int, int]
+    threshold: float
+    seen: Map
+    picture: Image.Image
+    config: Config
+
+    @property
+    def anomalous(self) -> bool:
+        """Whether the score is above the threshold."""
+        return self.score > self.threshold
+
+    @property
+    def verdict(self) -> Literal["anomalous", "normal"]:
+        """The same as a word."""
+        return "anomalous" if self.anomalous else "normal"
+
+    @property
+    def map(self) -> Map:
+        """Anomaly map, (height, width) of the photo, float32; NaN where the network is blind."""
+        width, height = self.size
+        left, top, right, bottom = seen_box(width, height, self.config)
+        whole = np.full((height, width), np.nan, dtype=np.float32)
+        part = Image.fromarray(self.seen).resize(
+            (right - left, bottom - top), Image.Resampling.BILINEAR
+        )
+        whole[top:bottom, left:right] = np.asarray(part)
+        return whole
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """What is above the threshold, see :func:`regions`; none in a normal photo."""
+        return regions(self.seen, seen_box(*self.size, self.config), self.threshold)
+
+    def overlay(self) -> Image.Image:
+        """The map laid over the picture, see :func:`simplenet_lib.plots.overlay`."""
+        from simplenet_lib.plots import overlay  # matplotlib, which not every program needs
+
+        return overlay(self.picture, self.seen, self.config, self.threshold)
+
+    def show(self) -> None:
+        """Show the overlay as a figure, in a notebook or a window."""
+        import matplotlib.pyplot as plt
+
+        _, axis = plt.subplots(layout="constrained")
+        axis.imshow(self.overlay())
+        axis.set_title(f"{Path(self.name).name}: {self.verdict}, score {self.score:.2f}")
+        axis.axis("off")
+        plt.show()
+
+    def save(self, path: Path | str) -> None:
+        """Write the overlay as an image file; its suffix says of which kind.
+
+        Raises
+        ------
+        SimpleNetError
+            If there is no such kind, or ``path`` cannot be written.
+        """
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.overlay().save(path)
+        except (OSError, ValueError) as error:
+            raise SimpleNetError(f"{path}: could not be written ({error}).") from error
+
+
 @torch.inference_mode()
+def judge(model: SimpleNet, images: Tensor) -> list[tuple[Map, float, list[str]]]:
+    """Anomaly map, image score and what is unfamiliar, of each of N images.
+
+    Every prediction of this library comes from here.
+
+    Parameters
+    ----------
+    model : SimpleNet
+        A trained model; images are moved to its device.
+    images : Tensor
+        Normalised images, (N, 3, H, W), as :func:`simplenet_lib.dataset.make_transform`
+        makes them.
+
+    Raises
+    ------
+    SimpleNetError
+        If a score is not a number: that must not pass as normal.
+    """
+    model.eval()
+    config = model.config
+    images = images.to(next(model.parameters()).device)
+    outputs = model.features.outputs(images)
+    scores = model.committee(model.score_maps(outputs))
+    drift = model.drift(describe(images, outputs[0]))
+    maps = model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
+    highest = image_score(maps)
+    if not highest.isfinite().all():
+        raise SimpleNetError(
+            "the network's scores are not finite: the device or the weights are at fault."
+        )
+    return list(zip(maps.numpy(), highest.tolist(), drift, strict=True))
+
+
 def predict(
     model: SimpleNet, dataset: ImageFiles, *, progress: bool = True
 ) -> Iterator[Prediction]:
@@ -126,27 +333,115 @@ def predict(
     progress : bool
         Show a progress bar on stderr.
     """
-    model.eval()
-    config = model.config
-    device = next(model.parameters()).device
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
-        for batch in batches(dataset):
-            images = batch["image"].to(device)
-            outputs = model.features.outputs(images)
-            scores = model.committee(model.score_maps(outputs))
-            drift = model.drift(describe(images, outputs[0]))
-            maps = model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
-            for index, map_, score, mask, unfamiliar in zip(
+        for batch in batches(ahead(dataset.item, range(len(dataset)))):
+            for index, mask, (map_, score, unfamiliar) in zip(
                 batch["index"].tolist(),
-                maps.numpy(),
-                image_score(maps).tolist(),
                 batch["mask"].numpy(),
-                drift,
+                judge(model, batch["image"]),
                 strict=True,
             ):
                 sample = dataset.samples[index]
-                yield Prediction(sample, score, score > 1, map_, mask, unfamiliar)
+                # Of an image without a mask all share one pixel: there may be thousands.
+                kept = mask.copy() if sample.mask else np.broadcast_to(np.False_, mask.shape)
+                yield Prediction(sample, score, score > 1, map_, kept, unfamiliar)
                 bar.update()
+
+
+def results(
+    model: SimpleNet,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    *,
+    channels: Literal["rgb", "bgr"] = "rgb",
+    threshold: float = 1.0,
+    progress: bool = False,
+) -> Generator[Result | SimpleNetError, None, None]:
+    """Predict images of any kind, in order, each decoded once, a few at a time.
+
+    Parameters
+    ----------
+    model : SimpleNet
+        A trained model; images are moved to its device.
+    sources : sequence of Path, str, bytes, Image or ndarray
+        See :func:`simplenet_lib.dataset.as_picture`.
+    names : sequence of str
+        What results and errors call them.
+    channels : {"rgb", "bgr"}
+        Order of the channels of arrays.
+    threshold : float
+        The score above which an image counts as anomalous, on the scale where 1 is the
+        model's own.
+    progress : bool
+        Show a progress bar on stderr.
+
+    Yields
+    ------
+    Result or SimpleNetError
+        The error says why an image could not be read.
+    """
+    check_threshold(threshold)
+    config = model.config
+    transform = make_transform(config.size, config.seen)
+
+    def read(number: int) -> tuple[Tensor, Image.Image, tuple[int, int]] | SimpleNetError:
+        try:
+            picture = as_picture(sources[number], names[number], channels, config.white)
+        except SimpleNetError as error:
+            return error
+        size = picture.size
+        image = as_seen(picture, transform)
+        shrink = math.ceil(math.sqrt(size[0] * size[1] / PICTURE_PIXELS))
+        return image, picture.reduce(shrink) if shrink > 1 else picture, size
+
+    every = range(len(sources))
+    # A single image, as from a camera, needs no thread.
+    reading = ahead(read, every) if len(sources) > 1 else iter(map(read, every))
+    numbers = iter(every)
+    with tqdm(total=len(sources), desc="predict", unit="image", disable=not progress) as bar:
+        while some := list(islice(reading, FEATURE_BATCH)):
+            images = [one[0] for one in some if not isinstance(one, SimpleNetError)]
+            judged = iter(judge(model, torch.stack(images)) if images else ())
+            for one in some:
+                number = next(numbers)
+                if isinstance(one, SimpleNetError):
+                    yield one
+                else:
+                    map_, score, unfamiliar = next(judged)
+                    _, picture, size = one
+                    yield Result(
+                        names[number], score, unfamiliar, size, threshold, map_, picture, config
+                    )
+                bar.update()
+
+
+def rescale(model: SimpleNet, scores: Sequence[float], false_alarms: float) -> None:
+    """Set a model's typical score and threshold anew, by what it says of other good photos.
+
+    Parameters
+    ----------
+    model : SimpleNet
+        Changed in place.
+    scores : sequence of float
+        Scores of good photos that it was not trained on, on its present scale.
+    false_alarms : float
+        See :func:`threshold`.
+
+    Raises
+    ------
+    SimpleNetError
+        If the scores are all alike, or there are fewer than two.
+    """
+    if len(scores) < 2:
+        raise SimpleNetError(f"{len(scores)} good photo: at least 2 are needed for a threshold.")
+    values = torch.tensor(scores, dtype=torch.float64)
+    values = model.typical + values * (model.threshold - model.typical)
+    typical, limit = float(np.median(values.numpy())), threshold(values, false_alarms)
+    if limit <= typical:
+        raise SimpleNetError(
+            f"the {len(scores)} photos do not differ, so they set no threshold: copies of one?"
+        )
+    model.typical, model.threshold = typical, limit
 
 
 def evaluate(
@@ -166,12 +461,17 @@ def evaluate(
     SimpleNetError
         If the split lacks normal images or images with a defect.
     """
-    labels = np.array([sample.label for sample in dataset.samples])
-    if len(set(labels)) < 2:
-        missing = "images with a defect" if not labels.any() else "normal images (test/good)"
-        raise SimpleNetError(f"the test split holds no {missing}: nothing to evaluate against.")
+    check_both_kinds(dataset.samples)
     predictions = list(predict(model, dataset, progress=progress))
     return metrics_of(predictions), predictions
+
+
+def check_both_kinds(samples: Sequence[Sample]) -> None:
+    """Refuse a test split without normal images or without defects: no metric is defined."""
+    labels = {sample.label for sample in samples}
+    if len(labels) < 2:
+        missing = "normal images (test/good)" if labels == {1} else "images with a defect"
+        raise SimpleNetError(f"the test split holds no {missing}: nothing to evaluate against.")
 
 
 def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +20,7 @@ from simplenet_lib.config import SimpleNetError
 
 # A pixel touches all eight around it, as in the MVTec AD evaluation.
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+SAMPLE_PIXELS = 10_000_000  # at most, of all maps, that say where scores lie
 
 
 def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
@@ -186,14 +189,14 @@ def pixel_deviations(
     dict of str to float
         ``pixel_auroc`` and ``aupro``.
     """
-    scores = [np.asarray(map_, dtype=np.float64) for map_ in maps]
-    sample = np.concatenate([values.ravel()[::7] for values in scores])
+    step = max(7, math.ceil(sum(np.size(map_) for map_ in maps) / SAMPLE_PIXELS))
+    sample = np.concatenate([np.asarray(map_).ravel()[::step].astype(float) for map_ in maps])
     edges = np.unique(np.quantile(sample, np.linspace(0, 1, 2001)[1:-1]))
     bins = len(edges) + 1
     normal, defect, share = (np.zeros((len(maps), bins)) for _ in range(3))
     regions = np.zeros(len(maps))
-    for index, (mask_like, values) in enumerate(zip(masks, scores, strict=True)):
-        mask = np.asarray(mask_like, dtype=bool)
+    for index, (mask_like, map_) in enumerate(zip(masks, maps, strict=True)):
+        mask, values = np.asarray(mask_like, dtype=bool), np.asarray(map_, dtype=np.float64)
         place = np.searchsorted(edges, values, side="right")
         normal[index] = np.bincount(place[~mask], minlength=bins)
         if mask.any():
@@ -246,7 +249,7 @@ def _threshold_curves(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike]) -> 
     """
     if len(masks) != len(maps):
         raise SimpleNetError(f"pixel scores: {len(masks)} masks and {len(maps)} maps.")
-    normal_parts, defect_parts, share_parts = [], [], []
+    defect_parts, share_parts, normal_pixels = [], [], 0
     for index, (mask_like, map_like) in enumerate(zip(masks, maps, strict=True)):
         mask, scores = np.asarray(mask_like, dtype=bool), np.asarray(map_like)
         if mask.ndim != 2 or mask.shape != scores.shape:
@@ -255,39 +258,49 @@ def _threshold_curves(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike]) -> 
                 "both must be (height, width) and equal."
             )
         _check_finite(scores, f"image {index}")
-        scores = scores.astype(np.result_type(scores, np.float32), copy=False)
-        normal_parts.append(scores[~mask])
+        normal_pixels += int(mask.size - mask.sum())
         if mask.any():
             labelled, _ = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
             region = labelled[mask] - 1
-            defect_parts.append(scores[mask])
+            defect_parts.append(_as_float(scores[mask]))
             share_parts.append((1 / np.bincount(region))[region])
-    if not defect_parts or not any(part.size for part in normal_parts):
+    if not defect_parts or not normal_pixels:
         missing = "normal" if defect_parts else "defect"
         raise SimpleNetError(
             f"pixel scores: no {missing} pixel in {len(masks)} masks; "
             "a metric needs defect pixels and normal ones."
         )
 
-    normal, defect = np.concatenate(normal_parts), np.concatenate(defect_parts)
-    share = np.concatenate(share_parts)
-    del normal_parts, defect_parts, share_parts  # as large as all maps together
-    normal.sort()
+    defect, share = np.concatenate(defect_parts), np.concatenate(share_parts)
+    del defect_parts, share_parts
     order = np.argsort(defect)[::-1]
-    # A common type, or searchsorted would copy the normal scores.
-    defect, share = defect[order].astype(normal.dtype, copy=False), share[order]
+    defect, share = defect[order], share[order]
     del order
     # Pixels of one score enter together: keep the last of each run of equal scores.
     last = np.flatnonzero(np.append(defect[1:] != defect[:-1], True))
-    thresholds = defect[last]
+    thresholds = np.ascontiguousarray(defect[last][::-1])
     overlap = np.cumsum(share, out=share)[last]
+    # Normal pixels by how many thresholds they exceed, and reach: image by image, for all of
+    # them together would take up as much memory as all maps.
+    exceeding, reaching = np.zeros((2, len(thresholds) + 1), dtype=np.int64)
+    for mask_like, map_like in zip(masks, maps, strict=True):
+        normal = np.sort(_as_float(np.asarray(map_like)[~np.asarray(mask_like, dtype=bool)]))
+        exceeded = np.searchsorted(thresholds, normal, side="left")
+        reached = np.searchsorted(thresholds, normal, side="right")
+        for counts, passed in ((exceeding, exceeded), (reaching, reached)):
+            places, number = np.unique(passed, return_counts=True)
+            counts[places] += number
     return _Curves(
-        normal_pixels=normal.size,
-        above=normal.size - np.searchsorted(normal, thresholds, side="right"),
-        fp=normal.size - np.searchsorted(normal, thresholds, side="left"),
+        normal_pixels=normal_pixels,
+        above=np.cumsum(exceeding[:0:-1]),
+        fp=np.cumsum(reaching[:0:-1]),
         tp=last + 1,
         pro=overlap / overlap[-1],  # the last is the number of regions, up to rounding
     )
+
+
+def _as_float(scores: NDArray[Any]) -> NDArray[Any]:
+    return scores.astype(np.result_type(scores, np.float32), copy=False)
 
 
 def _area(curves: _Curves, y: NDArray[np.float64], limit: float) -> float:

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, overload
 
 import safetensors.torch
 import torch
@@ -19,6 +20,7 @@ from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.discriminator import Discriminator
 from simplenet_lib.drift import Drift
 from simplenet_lib.features import FrozenFeatures, Standardise, around
+from simplenet_lib.localization import Result, Source, results
 from simplenet_lib.noise import add_noise, random_seed
 from simplenet_lib.weights import Weights, find_weights
 
@@ -94,6 +96,9 @@ class SimpleNet(nn.Module):
         Image score of the typical normal image, and the one above which an image
         counts as anomalous, in units of the scale; NaN before training. Anomaly maps
         are given on the scale where these two are 0 and 1.
+    images : str
+        A digest of the images it was trained on, see
+        :func:`simplenet_lib.features.digest_of_images`; empty before training.
     """
 
     centre: Tensor
@@ -123,6 +128,7 @@ class SimpleNet(nn.Module):
         self.drift = Drift(self.features.layer_channels[0])
         self.typical = math.nan
         self.threshold = math.nan
+        self.images = ""
 
     def forward(self, images: Tensor) -> Tensor:
         """Score map (N, h, w) of normalised images (N, 3, H, W): high is anomalous."""
@@ -187,7 +193,8 @@ class SimpleNet(nn.Module):
     def save(self, path: Path) -> None:
         """Write heads, configuration and threshold; the backbone's weights stay out."""
         scale = {name: repr(getattr(self, name)) for name in SCALE}
-        write_checkpoint(path, self.trained_state(), {**self.identity(), **scale})
+        images = {"images": self.images} if self.images else {}
+        write_checkpoint(path, self.trained_state(), {**self.identity(), **scale, **images})
 
     def identity(self) -> dict[str, str]:
         """Which network this is: format, configuration, and a digest of the weights."""
@@ -214,14 +221,14 @@ class SimpleNet(nn.Module):
         )
 
     @classmethod
-    def load(cls, path: Path, weights: Path | None = None) -> SimpleNet:
+    def load(cls, path: Path | str, weights: Path | str | None = None) -> SimpleNet:
         """Read what :meth:`save` wrote. Nothing in the file is executed.
 
         Parameters
         ----------
-        path : Path
-            The checkpoint.
-        weights : Path, optional
+        path : Path or str
+            The checkpoint, or the folder that ``simplenet train`` wrote it to.
+        weights : Path or str, optional
             See :func:`simplenet_lib.weights.find_weights`.
 
         Raises
@@ -230,6 +237,7 @@ class SimpleNet(nn.Module):
             If the file is damaged, holds something else, or was trained on
             other pretrained weights than those found here.
         """
+        path = checkpoint_in(Path(path))
         tensors, metadata = read_checkpoint(path)
         try:
             config = Config.from_json(metadata.get("config", ""))
@@ -248,7 +256,7 @@ class SimpleNet(nn.Module):
         held = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("heads."))
         if held != config.heads * sum(sizes.values()):
             raise SimpleNetError(f"{path}: its heads do not fit its configuration.")
-        found = find_weights(config.backbone, weights)
+        found = find_weights(config.backbone, Path(weights) if weights else None)
         if found.digest != metadata.get("weights"):
             raise SimpleNetError(
                 f"{path}: was trained on other pretrained weights of {config.backbone} than"
@@ -259,7 +267,82 @@ class SimpleNet(nn.Module):
         model.load_state_dict(tensors, strict=False)
         for name, value in scale.items():
             setattr(model, name, value)
+        model.images = metadata.get("images", "")
         return model.eval()
+
+    @overload
+    def predict(
+        self,
+        images: Source,
+        *,
+        channels: Literal["rgb", "bgr"] = ...,
+        threshold: float = ...,
+    ) -> Result: ...
+
+    @overload
+    def predict(
+        self,
+        images: list[Source] | tuple[Source, ...],
+        *,
+        channels: Literal["rgb", "bgr"] = ...,
+        threshold: float = ...,
+    ) -> list[Result]: ...
+
+    @overload
+    def predict(
+        self,
+        images: Iterator[Source],
+        *,
+        channels: Literal["rgb", "bgr"] = ...,
+        threshold: float = ...,
+    ) -> Iterator[Result]: ...
+
+    def predict(
+        self,
+        images: Source | list[Source] | tuple[Source, ...] | Iterator[Source],
+        *,
+        channels: Literal["rgb", "bgr"] = "rgb",
+        threshold: float = 1.0,
+    ) -> Result | list[Result] | Iterator[Result]:
+        """Score an image, a list of images, or one image after another.
+
+        Parameters
+        ----------
+        images : image, list or iterator
+            An image is a path, the bytes of a file, an image of Pillow's, or an array: see
+            :func:`simplenet_lib.dataset.as_picture`. A list gives a list. An iterator, such
+            as a generator that waits for a camera, gives an iterator: an image is taken when
+            its result is asked for, and nothing is kept.
+        channels : {"rgb", "bgr"}
+            Order of the channels of arrays; OpenCV's is ``"bgr"``.
+        threshold : float
+            The score above which an image counts as anomalous, on the scale where 1 is the
+            model's own.
+
+        Raises
+        ------
+        SimpleNetError
+            If an image cannot be read. In an iterator this ends it; to go on past a damaged
+            image, call ``predict`` for each and catch the error.
+        """
+
+        def read(some: Sequence[Source], first: int = 0) -> Iterator[Result]:
+            names = [
+                str(one) if isinstance(one, Path | str) else f"image {number}"
+                for number, one in enumerate(some, start=first)
+            ]
+            for result in results(self, some, names, channels=channels, threshold=threshold):
+                if isinstance(result, SimpleNetError):
+                    raise result
+                yield result
+
+        if isinstance(images, list | tuple):
+            return list(read(images))
+        if isinstance(images, Iterator):
+            every = enumerate(images)
+            return (result for number, image in every for result in read([image], number))
+        (result,) = read([images])
+        return result
 
 
 def before_activation(head: Head) -> tuple[Tensor, Tensor]:
@@ -302,6 +385,20 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
     write_whole(path, data)
 
 
+def check_writable(folder: Path) -> None:
+    """Fail before the work, not after it, if nothing can be written to ``folder``."""
+    try:
+        existing = folder.absolute()
+        while not existing.exists():
+            if existing.is_symlink():
+                raise SimpleNetError(f"{folder}: a link that leads nowhere. Choose another folder.")
+            existing = existing.parent
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise SimpleNetError(f"{folder}: cannot be written to ({error}).") from error
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that its name shows either the old contents or all of the new."""
     try:
@@ -315,6 +412,12 @@ def write_whole(path: Path, data: bytes) -> None:
             os.replace(partial, path)
     except OSError as error:
         raise SimpleNetError(f"{path}: could not be written ({error}).") from error
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The checkpoint at ``path``, which may be the folder of a training."""
+    inside = path / "model.safetensors"
+    return inside if inside.is_file() else path
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -338,7 +441,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 raise SimpleNetError(_not_ours(path, metadata))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise SimpleNetError(f"{path}: not a readable checkpoint ({error}).") from error
+        hint = " Files of this disk cannot be mapped: copy it to another." * (
+            "os error 19" in str(error)
+        )
+        raise SimpleNetError(f"{path}: not a readable checkpoint ({error}).{hint}") from error
     return tensors, metadata
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageDraw
 
 from simplenet_lib.config import Config
-from simplenet_lib.dataset import read_image
-from simplenet_lib.localization import Prediction
+from simplenet_lib.dataset import read_image, seen_box
+
+if TYPE_CHECKING:
+    from simplenet_lib.localization import Prediction
 
 NORMAL, DEFECT = (seaborn.color_palette("colorblind")[i] for i in (0, 3))
 
@@ -41,29 +43,11 @@ def use_book_style() -> None:
     )
 
 
-def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, int]:
-    """The central part of a ``width`` x ``height`` image that the network sees.
-
-    Returns
-    -------
-    tuple of int
-        Left, top, right, bottom in pixels.
-    """
-    edges = []
-    for length, whole, seen in zip(
-        (width, height), config.size[::-1], config.seen[::-1], strict=True
-    ):
-        offset = round((whole - seen) / 2)  # as CenterCrop rounds it
-        edges.append([round(length * at / whole) for at in (offset, offset + seen)])
-    (left, right), (top, bottom) = edges
-    return left, top, right, bottom
-
-
-def overlay(image: Image.Image, map_: Map, config: Config) -> Image.Image:
+def overlay(image: Image.Image, map_: Map, config: Config, threshold: float = 1.0) -> Image.Image:
     """Lay an anomaly map over its image, on a scale that is the same for all images.
 
     The map is invisible at 0, the score of a typical normal image, and opaque at 2; a
-    line is drawn at 1, the threshold.
+    line is drawn at ``threshold``.
 
     Parameters
     ----------
@@ -73,6 +57,8 @@ def overlay(image: Image.Image, map_: Map, config: Config) -> Image.Image:
         Anomaly map of the part that the network sees, see :func:`seen_box`.
     config : Config
         The configuration of the model.
+    threshold : float
+        Where the line is drawn.
 
     Returns
     -------
@@ -91,7 +77,7 @@ def overlay(image: Image.Image, map_: Map, config: Config) -> Image.Image:
         box[:2],
         Image.fromarray(opacity.astype(np.uint8)),
     )
-    inside = Image.fromarray(((level > 1) * 255).astype(np.uint8))
+    inside = Image.fromarray(((level > threshold) * 255).astype(np.uint8))
     result.paste(Image.new("RGB", size, "white"), box[:2], _outline(inside))
     if config.crop < config.resize:
         left, top, right, bottom = box  # a frame around what is seen, not on it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import signal
@@ -23,7 +22,13 @@ from tqdm import tqdm
 
 from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.dataset import ImageFiles
-from simplenet_lib.features import FeatureMaps, Standardise, around, cached_features
+from simplenet_lib.features import (
+    FeatureMaps,
+    Standardise,
+    around,
+    cached_features,
+    digest_of_images,
+)
 from simplenet_lib.localization import anomaly_map, image_score, threshold
 from simplenet_lib.loss import cross_entropy_loss, margin_loss
 from simplenet_lib.model import Head, SimpleNet, check_tensors, read_checkpoint, write_checkpoint
@@ -422,8 +427,8 @@ def train(
     seconds_features = time.perf_counter() - start
 
     start = time.perf_counter()
-    images = hashlib.sha256("".join(features.digests).encode()).hexdigest()
-    identity = {**model.identity(), "images": images}
+    model.images = digest_of_images(features.digests)
+    identity = {**model.identity(), "images": model.images}
     history = fit(
         model.heads,
         model.standardise,

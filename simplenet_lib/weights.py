@@ -107,7 +107,7 @@ def torchvision_url(backbone: str) -> str:
     return str(models.get_model_weights(backbone)["IMAGENET1K_V1"].url)
 
 
-def find_weights(backbone: str, path: Path | None = None) -> Weights:
+def find_weights(backbone: str, path: Path | None = None, *, download: bool = True) -> Weights:
     """Find the pretrained weights of ``backbone`` by the four ways, in order.
 
     Parameters
@@ -118,6 +118,8 @@ def find_weights(backbone: str, path: Path | None = None) -> Weights:
         A weights file (``.pth``, ``.safetensors`` or the npm ``.tgz``), or a
         folder that holds one under its usual name. Defaults to the environment
         variable ``SIMPLENET_WEIGHTS``.
+    download : bool
+        Whether to try the last two ways.
 
     Raises
     ------
@@ -133,11 +135,18 @@ def find_weights(backbone: str, path: Path | None = None) -> Weights:
         return _from_path(backbone, path, name)
 
     cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if cache.parts[0] == "~":
+        raise SimpleNetError(
+            f"no home folder to keep the weights of {backbone} in: set TORCH_HOME to a folder that"
+            " can be written, or SIMPLENET_WEIGHTS to one that holds them."
+        )
     digits = name.rsplit("-", 1)[1].removesuffix(".pth")
     if (cache / name).is_file():
         return _from_cache(cache / name, "torch's cache", digits)
     if backbone == "resnet50" and (cache / CONVERTED_FILE).is_file():
         return _from_cache(cache / CONVERTED_FILE, "torch's cache, converted from npm")
+    if not download:
+        raise SimpleNetError(f"not on this machine yet; {name} goes into {cache}.")
     try:
         return _from_file(fetch(url, cache / name, digits), "torchvision's download")
     except SimpleNetError as error:

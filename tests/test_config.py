@@ -24,7 +24,6 @@ WRONG_VALUES = {
     "resize": [0, 31, -320, 4097],
     "crop": [0, 31, -1, 321],  # larger than the resized image of `fast`
     "ratio": [-0.1, 10.1],
-    "white": [-1.0, 2.0**33],
     "neighbourhood": [0, 2, 4, -1, 17],
     "adaptor_channels": [0, 16385],
     "hidden_channels": [0, 16385],

@@ -35,6 +35,7 @@ from simplenet_lib.features import (
     FeatureMaps,
     FrozenFeatures,
     Standardise,
+    ahead,
     batches,
     build_backbone,
     cached_features,
@@ -604,6 +605,47 @@ def test_batches_leave_no_thread_behind(dataset):
     with pytest.raises(SimpleNetError, match="not a readable image"):
         next(reading)
     assert threading.active_count() == before
+
+
+def test_ahead_keeps_the_order_and_reads_a_little_ahead_only():
+    started = []
+
+    def read(number: int) -> int:
+        started.append(number)
+        time.sleep(0.002 * (number % 3))  # the later ones are done first
+        return -number
+
+    before = threading.active_count()
+    for taken, result in enumerate(ahead(read, range(100))):
+        assert result == -taken
+        assert len(started) <= taken + 1 + FEATURE_BATCH  # memory does not grow with the images
+    assert taken == 99 and sorted(started) == list(range(100))
+    stopped_early = ahead(read, range(100))
+    next(stopped_early)
+    stopped_early.close()
+    assert threading.active_count() == before
+
+    def fails(number: int) -> int:
+        if number == 3:
+            raise SimpleNetError("the third")
+        return number
+
+    reading = ahead(fails, range(9))
+    assert [next(reading) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(SimpleNetError, match="the third"):
+        next(reading)
+
+
+def test_a_disk_whose_files_cannot_be_mapped_does_as_well(cache, counted, dataset, monkeypatch):
+    mapped = cached(counted, dataset)
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("unable to mmap: No such device (19)")
+
+    monkeypatch.setattr(torch, "from_file", refuse)
+    read = cached(counted, dataset)
+    assert all(np.array_equal(a, b) for a, b in zip(mapped, read, strict=True))
+    assert np.array_equal(mapped.descriptions, read.descriptions)
 
 
 def cached(extractor: nn.Module, dataset: ImageFiles, key: str = "key") -> FeatureMaps:

@@ -4,6 +4,7 @@ import math
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -23,10 +24,13 @@ from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample, make_trans
 from simplenet_lib.drift import describe
 from simplenet_lib.localization import (
     Prediction,
+    Region,
     anomaly_map,
     evaluate,
     image_score,
     predict,
+    regions,
+    rescale,
     threshold,
 )
 from simplenet_lib.model import SimpleNet
@@ -238,6 +242,7 @@ def root(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)
     (tmp_path / "part" / "train" / "good").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "part" / "train" / "good" / "0.png")
     return tmp_path
 
 
@@ -491,3 +496,59 @@ def test_gallery_draws_every_verdict_without_a_warning(tmp_path, resize):
                 assert len(column[1].collections) == prediction.mask.any()  # the marked defect
             plt.close(figure)
     assert plt.get_fignums() == []
+
+
+# Regions
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 999), st.tuples(st.integers(1, 12), st.integers(1, 12)), st.floats(0, 2))
+def test_regions_are_the_parts_above_the_threshold(seed, shape, limit):
+    map_ = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    scale = 3
+    box = (5, 7, 5 + scale * shape[1], 7 + scale * shape[0])
+    found = regions(map_, box, limit)
+    above = map_ > np.float32(limit)
+    assert sum(region.area for region in found) == scale**2 * above.sum()
+    assert bool(found) == bool(map_.max() > limit)
+    if found:
+        assert found[0].peak == map_.max()
+    marked = np.zeros_like(above)
+    for region in found:
+        x, y = (region.x - 5) // scale, (region.y - 7) // scale
+        part = np.s_[y : y + region.height // scale, x : x + region.width // scale]
+        assert region.peak in map_[part]
+        # The box is tight: some pixel above the limit lies on each of its sides.
+        inside = above[part]
+        assert inside[0].any() and inside[-1].any()
+        assert inside[:, 0].any() and inside[:, -1].any()
+        marked[part] = True
+    assert not (above & ~marked).any()
+
+
+def test_regions_touch_by_their_corners():
+    map_ = np.zeros((6, 6), dtype=np.float32)
+    map_[1, 1], map_[2, 2], map_[4, 5] = 2, 3, 5
+    assert regions(map_, (0, 0, 60, 30)) == [
+        Region(x=50, y=20, width=10, height=5, area=50, peak=5.0),
+        Region(x=10, y=5, width=20, height=10, area=100, peak=3.0),
+    ]
+
+
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=30), st.sampled_from([0.0, 0.1]))
+def test_a_new_scale_has_the_typical_photo_at_0_and_the_threshold_at_1(scores, share):
+    model = SimpleNamespace(typical=3.0, threshold=7.0)
+    values = np.array(scores) / 10
+    limit = threshold(torch.from_numpy(values), share)
+    if limit <= np.median(values) + 1e-9:
+        with pytest.raises(SimpleNetError, match="do not differ"):
+            rescale(model, [values[0], values[0]], share)
+        return
+    rescale(model, values.tolist(), share)
+    raw = 3 + 4 * values
+    new = (raw - model.typical) / (model.threshold - model.typical)
+    assert np.median(new) == pytest.approx(0, abs=1e-9)
+    assert (limit - np.median(values)) / (limit - np.median(values)) == 1
+    assert new[values == limit] == pytest.approx(1)
+    with pytest.raises(SimpleNetError, match="at least 2"):
+        rescale(model, [1.0], share)

@@ -4,22 +4,31 @@ import json
 import math
 import pickle
 import struct
+import subprocess
+import sys
+import threading
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from simplenet_lib import model as model_module
 from simplenet_lib.config import Config, SimpleNetError, preset
+from simplenet_lib.dataset import ImageFiles, Sample, make_transform
+from simplenet_lib.localization import predict
 from simplenet_lib.model import (
     CHECKPOINT_FORMAT,
     SCALE,
@@ -395,7 +404,8 @@ def test_files_that_are_no_checkpoint_are_refused(
     whole = rewritten().read_bytes()
     path = tmp_path / "damaged.safetensors"
     assert "no such checkpoint" in refused(path)
-    assert "no such checkpoint" in refused(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert "no such checkpoint" in refused(tmp_path / "folder")
     for size in [0, 4, 8, 100, len(whole) // 2, len(whole) - 1]:
         path.write_bytes(whole[:size])
         assert "not a readable checkpoint" in refused(path)
@@ -625,3 +635,186 @@ def test_tensors_of_any_layout_are_written(tmp_path: Path) -> None:
     assert metadata == {"format": CHECKPOINT_FORMAT}
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+# From a program -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """Another aspect ratio than the network's, with three different channels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    pixels[..., 2] //= 3
+    return Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC)
+
+
+def test_the_library_gives_its_model_and_imports_nothing_before() -> None:
+    code = (
+        "import sys, simplenet_lib\nassert 'torch' not in sys.modules\n"
+        "from simplenet_lib import SimpleNet\n"
+        "from simplenet_lib.model import SimpleNet as same\nassert SimpleNet is same\n"
+        "assert 'matplotlib' not in sys.modules and not hasattr(simplenet_lib, 'Simple')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_image_of_any_kind_is_judged_as_its_file_is(
+    trained: SimpleNet, photo: Image.Image, tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    rgb = np.asarray(photo)
+    sample = ImageFiles([Sample(path, "good")], make_transform((32, 32), (32, 32)))
+    (expected,) = predict(trained, sample, progress=False)
+    alike: list[Any] = [path, str(path), path.read_bytes(), photo, rgb, rgb / np.float32(255)]
+    alike += [Image.open(path), np.dstack([rgb, np.full((60, 80), 255, np.uint8)])]
+    for image in alike:
+        result = trained.predict(image)
+        assert result.score == pytest.approx(expected.score, abs=1e-4)
+        assert result.anomalous == expected.anomalous == (result.verdict == "anomalous")
+        assert result.unfamiliar == expected.unfamiliar
+        assert np.allclose(result.seen, expected.map, atol=1e-4)
+    bgr = np.ascontiguousarray(rgb[..., ::-1])
+    assert trained.predict(bgr, channels="bgr").score == pytest.approx(expected.score, abs=1e-4)
+    assert abs(trained.predict(bgr).score - expected.score) > 1e-3  # the order does matter
+    grey = np.asarray(photo.convert("L"))
+    scores = [trained.predict(one).score for one in (grey, grey[..., None], photo.convert("L"))]
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)
+    turned = photo.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright: turn it by 90 degrees to the right
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for one in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        assert trained.predict(one).score == pytest.approx(expected.score, abs=1e-4)
+
+
+def test_16_bits_need_a_white_level(trained: SimpleNet, photo: Image.Image) -> None:
+    rgb = np.asarray(photo)
+    expected = trained.predict(rgb).score
+    deep = (rgb.astype(np.uint16) * 16 + 8).clip(0, 4095)
+    with pytest.raises(SimpleNetError, match="knows no white level"):
+        trained.predict(deep)
+    trained.config = replace(trained.config, white=4095)
+    assert trained.predict(deep).score == pytest.approx(expected, abs=0.02)
+    assert trained.predict(deep.astype(np.float32)).score == pytest.approx(expected, abs=0.02)
+
+
+def test_what_could_be_meant_in_more_than_one_way_is_refused(
+    trained: SimpleNet, photo: Image.Image, tmp_path: Path
+) -> None:
+    rgb = np.asarray(photo)
+    negative, unknown = rgb.astype(np.float64) / 255, rgb.astype(np.float64) / 255
+    negative[0, 0, 0], unknown[0, 0, 0] = -0.1, np.nan
+    empty = tmp_path / "empty.png"
+    empty.write_bytes(b"")
+    for image, sentence in (
+        (rgb.astype(np.float64), "holds values from .* Floating point goes from 0 to 1"),
+        (negative, "holds values from -0.1"),
+        (unknown, "holds values from nan"),
+        (rgb.astype(np.int64), "an array of int64 .* Give uint8"),
+        (rgb > 99, "an array of bool"),
+        (rgb.transpose(2, 0, 1), "Channels come last"),
+        (rgb[None], "Give them as a list"),
+        (rgb[..., :2], "Expected height, width and 1, 3 or 4 channels"),
+        (rgb[:0], "Expected height"),
+        (rgb[0, 0], "Expected height"),
+        (3, "image 0: a int. Give a path"),
+        (torch.from_numpy(rgb.copy()), "a Tensor. Give a path"),
+        (b"no image", "image 0: not a readable image"),
+        (empty, "empty.png: not a readable image .the file is empty"),
+        (str(tmp_path / "gone.png"), "gone.png: not a readable image"),
+    ):
+        with pytest.raises(SimpleNetError, match=sentence):
+            trained.predict(image)  # type: ignore[call-overload]
+    with pytest.raises(SimpleNetError, match="channels='bgr' is for arrays"):
+        trained.predict(photo, channels="bgr")
+    with pytest.raises(SimpleNetError, match="channels is 'grb'"):
+        trained.predict(rgb, channels="grb")  # type: ignore[call-overload]
+    with pytest.raises(SimpleNetError, match="the threshold is inf"):
+        trained.predict(rgb, threshold=math.inf)
+
+
+def test_a_list_gives_a_list_and_an_iterator_an_iterator(
+    trained: SimpleNet, photo: Image.Image
+) -> None:
+    frames: list[Any] = [photo.rotate(angle) for angle in range(20)]
+    scores = [result.score for result in trained.predict(frames)]
+    assert scores == pytest.approx([trained.predict(one).score for one in frames], abs=1e-4)
+    assert [result.name for result in trained.predict(frames[:2])] == ["image 0", "image 1"]
+    assert trained.predict([]) == []
+    assert len(trained.predict(tuple(frames[:3]))) == 3
+
+    taken = []
+
+    def camera() -> Iterator[Any]:
+        for number, frame in enumerate(frames):
+            taken.append(number)
+            yield frame
+        yield b"damaged"
+
+    before = threading.active_count()
+    results = trained.predict(camera())
+    assert taken == []
+    for number, score in enumerate(scores):
+        result = next(results)
+        assert taken == list(range(number + 1))  # the next frame is not waited for
+        assert (result.name, result.score) == (f"image {number}", pytest.approx(score, abs=1e-4))
+    with pytest.raises(SimpleNetError, match="image 20: not a readable image"):
+        next(results)
+    assert threading.active_count() == before
+
+
+def test_a_result_is_in_the_pixels_of_its_photo(
+    trained: SimpleNet, photo: Image.Image, tmp_path: Path
+) -> None:
+    result = trained.predict(photo)
+    assert result.size == (80, 60)
+    assert (result.map.shape, result.map.dtype) == ((60, 80), np.float32)
+    assert np.isfinite(result.map).all()
+    low = trained.predict(photo, threshold=float(np.median(result.seen)))
+    assert (low.verdict, low.score) == ("anomalous", pytest.approx(result.score))
+    assert low.regions[0].peak == pytest.approx(result.score)
+    share = sum(region.area for region in low.regions) / (80 * 60)
+    assert share == pytest.approx((low.seen > low.threshold).mean(), abs=0.05)
+    high = trained.predict(photo, threshold=result.score + 1)
+    assert (high.verdict, high.regions) == ("normal", [])
+    path = tmp_path / "new" / "overlay.png"
+    low.save(path)
+    with Image.open(path) as picture:
+        assert picture.size == (80, 60)
+        assert np.array_equal(np.asarray(picture), np.asarray(low.overlay()))
+    with pytest.raises(SimpleNetError, match="overlay.what: could not be written"):
+        low.save(tmp_path / "overlay.what")
+    plt.switch_backend("Agg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Agg says that it shows nothing
+        low.show()
+    assert "anomalous" in plt.gcf().axes[0].get_title()
+    plt.close("all")
+
+
+def test_of_a_part_that_is_not_seen_nothing_is_said(trained: SimpleNet) -> None:
+    trained.config = replace(trained.config, resize=40, crop=32)
+    result = trained.predict(Image.new("RGB", (80, 40), "grey"))
+    seen = np.isfinite(result.map)
+    expected = np.zeros((40, 80), dtype=bool)
+    expected[4:36, 8:72] = True
+    assert np.array_equal(seen, expected)
+
+
+def test_a_score_that_is_no_number_does_not_pass_as_normal(
+    trained: SimpleNet, photo: Image.Image
+) -> None:
+    trained.spread[0] = math.nan
+    with pytest.raises(SimpleNetError, match="not finite"):
+        trained.predict(photo)
+
+
+def test_a_folder_of_a_training_is_loaded_and_keeps_the_digest_of_its_images(
+    trained: SimpleNet, tmp_path: Path
+) -> None:
+    trained.images = "0" * 64
+    trained.save(tmp_path / "run" / "model.safetensors")
+    for path in (tmp_path / "run", str(tmp_path / "run" / "model.safetensors")):
+        assert SimpleNet.load(path).images == trained.images

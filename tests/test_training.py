@@ -431,12 +431,13 @@ def test_ctrl_c_without_a_checkpoint_just_stops(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def impatient(*args: Any) -> Tensor:
+    def impatient(*args: Any) -> np.ndarray:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("unreachable")
 
-    monkeypatch.setattr(training_module, "cross_entropy_loss", impatient)
+    # Here, since signals reach the main thread alone, and heads train in others.
+    monkeypatch.setattr(FeatureMaps, "vectors", impatient)
     with pytest.raises(KeyboardInterrupt):
         fit_toy(tmp_path / "c")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -781,7 +782,8 @@ def test_few_photos_promise_no_more_than_they_hold() -> None:
         calibrate(model, feature_maps(maps[:24]), folds)
         fresh = cached_maps(model, feature_maps(maps[24:]), range(50))
         rates.append((fresh.amax(dim=(1, 2)) > 1).float().mean().item())
-    assert 0.01 < np.mean(rates) < 0.08  # 0.04 on average; its spread over 20 draws is 0.01
+    # 0.04 on average, give or take 0.01; 0.07 with level and scale from the very same photos.
+    assert 0.01 < np.mean(rates) < 0.055
 
 
 def test_one_score_still_makes_a_threshold() -> None:

@@ -12,22 +12,22 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/01_dataset.ipynb)
 #
 # An inspection camera sees thousands of good parts and a handful of defects. In this chapter you
-# read such images from disk together with their masks, and you see that comparing them pixel by
-# pixel does not find the defects.
+# read such images from disk together with their masks, and you measure how far comparing them pixel
+# by pixel gets: for two kinds of defect surprisingly far, for most nowhere.
 #
 # ## What you will learn
 #
 # - **Explain** why a detector is trained on good parts only.
 # - **Read** the folder layout of MVTec AD, with a mask for every defect.
 # - **Build** a `Dataset` that transforms an image and its mask together.
-# - **Measure** how far a pixel-by-pixel comparison gets, and see why it fails.
+# - **Measure** how far a pixel-by-pixel comparison gets, with an error bar, and see where it fails.
 # - **Show** what a test set may not be used for.
 #
 # ## Before you start
 #
 # You know basic PyTorch: tensors, `Dataset`, `DataLoader`. You need to know nothing about anomaly
-# detection. About 25 minutes to read; runs in under a minute on two CPU cores, no GPU needed. The
-# images are drawn by the library, so there is nothing to download.
+# detection. About 25 minutes to read, an hour to work through; runs in under a minute on two CPU cores,
+# no GPU needed. The images are drawn by the library, so there is nothing to download.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
 # On Colab this installs the library; on your machine `make setup` has done so.
@@ -45,7 +45,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", source]
     subprocess.run(command, check=True)
 
-# %%
+# %% tags=["hide-cell"]
 import io
 import tempfile
 from collections import Counter
@@ -65,6 +65,18 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from simplenet_lib.config import SimpleNetError
+from simplenet_lib.dataset import (
+    FORMATS,
+    AnomalyDataset,
+    MaskSizeError,
+    ResizeBoth,
+    _fills_areas,
+    _mask_values,
+    _not_readable,
+    image_files,
+    read_image,
+    read_mask,
+)
 from simplenet_lib.features import cache_folder
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
@@ -86,26 +98,8 @@ def bare(ax):
 # a classifier with two classes, but the data does not allow one. A production line delivers a photo
 # of a good part every few seconds. Defects are rare, and the next one may look like none before it.
 #
-# A toy example shows what goes wrong. Measure two numbers on every part, say its width and its
-# brightness. Four good parts lie around $(5, 4)$. So far you have seen one defect, at $(9, 4)$.
-
-# %%
-good = np.array([[4, 4], [6, 4], [5, 5], [5, 3]])
-known = np.array([9, 4])
-unforeseen = np.array([1, 4])
-
-centre = good.mean(axis=0)
-
-
-def distance(a, b):
-    return float(np.linalg.norm(np.asarray(a) - b))
-
-
-print("centre of the good parts:", centre)
-print("good parts to centre:    ", [distance(part, centre) for part in good])
-print("known defect to centre:  ", distance(known, centre))
-print("unforeseen to centre:    ", distance(unforeseen, centre))
-print("unforeseen to known:     ", distance(unforeseen, known))
+# A toy example shows what goes wrong. Measure two numbers on every part, its width and its length in
+# millimetres. Four good parts lie around $(5, 4)$. So far you have seen one defect, at $(9, 4)$.
 
 # %% [markdown]
 # A classifier that learned from both classes asks: is the part nearer to the good ones or nearer to
@@ -118,6 +112,8 @@ print("unforeseen to known:     ", distance(unforeseen, known))
 # both.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Four blue dots around the point (5, 4), an orange cross to their right and an orange star to their left. A dashed vertical line at width 7 separates only the cross from the dots. A circle of radius 2 around the dots leaves both the cross and the star outside."}, "figure": {"caption": "A border between good parts and one known defect (dashed) leaves the unforeseen defect on the good side. A limit on the distance from normal (circle) needs no defect to be drawn.", "name": "fig-dataset-toy"}}
+good = np.array([[4, 4], [6, 4], [5, 5], [5, 3]])
+known, unforeseen = (9, 4), (1, 4)
 figure, axes = plt.subplots(figsize=(6.5, 3.2))
 axes.scatter(*good.T, color=NORMAL, s=50, label="good part")
 axes.scatter(*known, color=DEFECT, marker="X", s=80, label="known defect")
@@ -130,7 +126,7 @@ axes.set(
     ylim=(1.6, 6.4),
     aspect="equal",
     xlabel="width (mm)",
-    ylabel="brightness (%)",
+    ylabel="length (mm)",
     title="A classifier misses what it has not been shown",
 )
 axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -138,11 +134,8 @@ plt.show()
 
 # %% [markdown]
 # That is {term}`anomaly detection`: learn what is normal, and report what is far from it. Where in
-# the image the deviation lies is the second question, {term}`anomaly localization`. This book
-# answers both with the same network.
-#
-# Defects still have a use: without some you cannot measure whether the detector works. They belong
-# in the {term}`test set` and nowhere else.
+# the image the deviation lies is the second question, {term}`anomaly localization`. Defects belong in
+# the {term}`test set` and nowhere else: without some you cannot measure whether the detector works.
 
 # %% [markdown]
 # ## From the paper
@@ -215,12 +208,9 @@ for category in ("nut", "cloth"):
 # The name of a folder is the label. Below `train` there is only `good`. Below `ground_truth` there
 # is no `good`: a good image has nothing to mark. {term}`Ground truth <ground truth>` is what a
 # person would have marked; here the program that drew the defect knows.
-#
-# The counts show the asymmetry once more. There are 60 images to train on and all are good; each
-# kind of defect has 8, and they are for testing only.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of six photographs. Upper row: hex nuts, each turned differently; a good one, then ones with a broken corner, a dent, a fibre, rust and a scratch. Lower row: woven cloth; a good piece, then ones with a cut, a fibre, a hole, a missing thread and a stain. An orange line surrounds each defect."}, "figure": {"caption": "One test image from every folder. The orange line is the edge of the mask.", "name": "fig-dataset-samples"}}
-figure, axes = plt.subplots(2, 6, figsize=(6.5, 2.7))
+figure, axes = plt.subplots(2, 6, figsize=(7.6, 2.95))
 for row, category in zip(axes, ("nut", "cloth"), strict=True):
     kinds = sorted(path.name for path in (data / category / "test").iterdir())
     kinds = ["good"] + [kind for kind in kinds if kind != "good"]
@@ -238,31 +228,11 @@ plt.show()
 # %% [markdown]
 # ### A list of samples
 #
-# First write down which image belongs to which mask. In plain Python that is one loop, here over
-# every twelfth test image of the nut:
-
-# %%
-test = data / "nut" / "test"
-for image in sorted(test.glob("*/*.png"))[::12]:
-    kind = image.parent.name
-    mask = data / "nut" / "ground_truth" / kind / f"{image.stem}_mask.png"
-    print(f"{kind}/{image.name}  label {int(kind != 'good')}  mask: {mask.exists()}")
-
-# %% [markdown]
-# The library gives the triple of image, kind of defect and mask a name, `Sample`. The label follows
-# from the folder's name, so it is computed and not stored.
-#
-# `image_files` lists a folder and the folders inside it. It sorts, because the operating system
-# promises no order, and it leaves out what is not an image and what some systems hide beside your
-# photos; these it counts. `FORMATS` are the file types that the library reads.
+# First write down which image belongs to which mask. The library gives the triple of image, kind of
+# defect and mask a name, `Sample`. The label follows from the folder's name.
 #
 # The next cell, and every cell below whose first line says so, is the library's own code. Only its
 # docstrings are shorter here.
-
-# %%
-from simplenet_lib.dataset import FORMATS, image_files
-
-print(", ".join(FORMATS))
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -283,93 +253,12 @@ class Sample:
 
 
 # %% [markdown]
-# ### Reading an image and a mask
+# `read_image` and `read_mask` read the two files. Whatever is in them, you get 8-bit RGB for an image
+# and 0 and 1 for a mask; how, you find in the appendix of this chapter. Predict before you run: the
+# nut photos are 256 pixels wide and high. What are the shapes and the values of an image and its mask?
 #
-# `Image.open(path).convert("RGB")` reads most images. Cameras are less uniform than that: some save
-# grey images, some save 16 bits, some save a picture lying on its side with a note about how to
-# turn it. And a damaged file should be named. `read_file` and `_open` take care of the turning and
-# the naming. `as_rgb` takes care of the rest: whatever is in the file, you get 8-bit RGB, and what is
-# transparent lies on white. `read_image` does both. Who has read the file's bytes already, as the cache of [chapter 2](02_features.ipynb) has, hands them
-# over as `data`.
-
-# %% tags=["library"]
-# simplenet_lib/dataset.py
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of an image file."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
-
-
-def _open(path: Path, data: bytes | None = None) -> Image.Image:
-    """Decode an image's first page and turn it upright; ``data`` are its bytes, if read."""
-    data = read_file(path) if data is None else data
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            image.load()
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise SimpleNetError(_not_readable(path, error)) from error
-    return image
-
-
-def _not_readable(path: Path, error: Exception) -> str:
-    reason = "the file is empty" if path.exists() and not path.stat().st_size else str(error)
-    large = isinstance(error, Image.DecompressionBombError)
-    hint = " If it is a scan of that size, allow it with --max-pixels." if large else ""
-    return f"{path}: not a readable image ({reason}).{hint}"
-
-
-def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
-    """An image of any depth, with or without transparency, as 8-bit RGB."""
-    if image.mode.startswith(("I", "F")):
-        white = white or (1 if image.mode == "F" else 65535)
-        values = np.nan_to_num(np.clip(np.asarray(image, dtype=np.float64), 0, white))
-        # 0.001: a product that should be whole may be a little less.
-        image = Image.fromarray(np.floor(values * (255 / white) + 0.001).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image.Image:
-    """Read an image of any depth, grey, palette or colour, as upright 8-bit RGB."""
-    return as_rgb(_open(path, data), white)
-
-
-# %% [markdown]
-# In a mask every value but 0 is defect: 255 in some data sets, 1 in others, 1, 2 and 3 for three
-# kinds of defect. `read_mask` makes 0 and 1 of all these. Comparing with 0 would do for a clean file,
-# but a mask that was once saved as JPEG has faint traces around its edge. So values in the lowest
-# quarter count as background if they are scattered; labels fill areas. Two details are imported:
-# how one value a pixel is got from palettes, colours and transparency, and what "fills an area" is.
-
-# %%
-from simplenet_lib.dataset import MaskSizeError, ResizeBoth, _fills_areas, _mask_values
-
-# %% tags=["library"]
-# simplenet_lib/dataset.py
-
-
-def read_mask(path: Path) -> Image.Image:
-    """Read a mask as 8-bit 0 and 1: every value but that of the background, 0, is defect."""
-    if path.is_dir():
-        several = [read_mask(file) for file in image_files(path)]
-        if len({mask.size for mask in several}) > 1:
-            raise MaskSizeError(f"{path}: its masks differ in size.")
-        return Image.fromarray(np.maximum.reduce([np.asarray(mask) for mask in several]))
-    image = _open(path)
-    values = _mask_values(image)
-    high = values.max()
-    low = (values > 0) & (values <= high / 4)
-    if high > 32 and not _fills_areas(values, low):
-        values = np.where(low, 0, values)
-    return Image.fromarray((values > 0).astype(np.uint8))
-
+# The image is `(256, 256, 3)`: Pillow puts the channels last. The mask is `(256, 256)` with the
+# values 0 and 1.
 
 # %%
 scratch = Sample(
@@ -377,25 +266,6 @@ scratch = Sample(
     "scratch",
     data / "nut" / "ground_truth" / "scratch" / "000_mask.png",
 )
-clean = np.asarray(Image.open(scratch.mask))
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "mask.jpg"
-    Image.fromarray(clean).save(path)
-    above_zero = np.asarray(Image.open(path)) > 0
-    as_read = np.asarray(read_mask(path)) > 0
-marked = clean > 0
-print("marked in the mask:", marked.sum(), "pixels")
-print("JPEG, above 0: more than 100 others marked:", (above_zero & ~marked).sum() > 100)
-print("JPEG, by read_mask: wrong pixels:", (as_read != marked).sum())
-
-# %% [markdown]
-# Predict before you run: the nut photos are 256 pixels wide and high. What are the shapes and the
-# values of an image and its mask?
-#
-# The image is `(256, 256, 3)`: Pillow puts the channels last. The mask is `(256, 256)` with the
-# values 0 and 1.
-
-# %%
 image, mask = read_image(scratch.image), read_mask(scratch.mask)
 print("image:", np.asarray(image).shape, np.asarray(image).dtype)
 print("mask: ", np.asarray(mask).shape, np.unique(np.asarray(mask)))
@@ -424,7 +294,10 @@ print("nearest: ", nearest[0].tolist())
 # *Bilinear* interpolation here averages each block of 2 x 2 pixels. In the first block one pixel of
 # four is marked, so the result is 0.25. For the brightness of a photo that is right. For a mask it
 # is meaningless: a pixel belongs to a defect or it does not. *Nearest* takes one pixel of each
-# block and keeps the values 0 and 1.
+# block and keeps the values 0 and 1. It can lose something, though: a scratch one pixel wide vanishes
+# if it lies on rows that are not taken. So when you judge a map, enlarge the map to the mask rather
+# than shrink the mask; the library's transform keeps at least one pixel of each region. (The toy has `antialias=False` to keep the sum simple. The library resizes
+# images with `antialias=True`, which averages over more pixels.)
 #
 # torchvision's transforms (`v2`) do the right thing if you tell them what they have in hand. Wrap
 # the image in `tv_tensors.Image` and the mask in `tv_tensors.Mask`. Then every transform moves
@@ -440,18 +313,11 @@ small_image, small_mask = v2.Resize((2, 2))(wrapped)
 print("image:", tuple(small_image.shape), " mask:", small_mask[0].tolist())
 
 # %% [markdown]
-# The library's transform is four of those steps. It resizes to the height and width asked for (one
-# number stands for a square; a picture of another shape is stretched, its mask too), cuts out the
-# centre, turns the image's bytes into floats from 0 to 1 (`"others"`, the mask, stays as it is), and
-# normalises each colour. The mean and the standard deviation for that last step are those of the
-# network of [chapter 2](02_features.ipynb), which was trained on images normalised in this way.
-#
-# One thing nearest interpolation can lose: a defect of a pixel or two in a large photo, when no pixel of
-# it happens to be the nearest. Then no metric could count it. So the library's `ResizeBoth` marks one
-# pixel for every connected region that would be gone; all else is torchvision's `v2.Resize`.
-#
-# What it returns is a function, which the library calls a `Transform`: it takes an image and a mask
-# and returns both.
+# The library's transform resizes to the height and width asked for (one number stands for a square; a
+# picture of another shape is stretched, its mask too), cuts out the centre, turns the image's bytes into
+# floats from 0 to 1 (`"others"`, the mask, stays as it is), and normalises each colour by the mean and
+# deviation that the network of [chapter 2](02_features.ipynb) was trained with. `ResizeBoth` is
+# torchvision's `v2.Resize`, and brings back one pixel of a defect that the reduction has lost. What it returns is a function, a `Transform`.
 
 # %%
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -478,9 +344,8 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
 # ### The dataset
 #
 # A PyTorch `Dataset` needs a length and a way to fetch one item. Ours reads the two files, checks
-# that they have the same size, transforms them together and returns a dictionary. A good image has
-# no mask on disk; it gets an empty one, so that every item has the same parts and a loader can
-# stack them. All this happens in `item`, so that bytes which have been read already can be used.
+# that they have the same size, transforms them together and returns a dictionary. A good image gets an
+# empty mask, so that every item has the same parts and a loader can stack them.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -546,9 +411,6 @@ def _size(image: Image.Image) -> str:
 
 
 # %% [markdown]
-# `as_subclass(Tensor)` takes the label "image" or "mask" off again: from here on both are ordinary
-# tensors.
-#
 # What is left is to find the samples of one category. `ShortAnomalyDataset` is the short version of
 # the library's `AnomalyDataset`. `split` is `"train"` or `"test"`.
 
@@ -590,8 +452,7 @@ print("labels:", batch["label"].tolist())
 
 # %% [markdown]
 # All labels are 1: the first eight images of the test set, in the order of the folders, are broken
-# corners. A test needs no other order. Training in this book does not shuffle images either; it
-# shuffles single positions, in [chapter 7](07_training.ipynb).
+# corners.
 
 # %% [markdown]
 # ### The baseline
@@ -626,14 +487,12 @@ print("map:     ", pixel_map(new, mean, variance, delta=1.0).flatten(1).tolist()
 # ## Check it
 #
 # The library's `AnomalyDataset` should find the same files. What it has beyond your short version
-# are the layouts of other data sets, such as folders OK and NG, and error messages: a folder that is
-# missing or empty, a mask without an image, defects of which only some have masks. It looks for all
-# of this before any training starts. A mask of another size than its image is left out and named.
+# is error messages: a folder that is missing or empty, a mask without an image, a mask of another
+# size, defects of which only some have masks. It looks for all of this before any training starts.
 
-# %%
-from simplenet_lib.dataset import AnomalyDataset
-
+# %% tags=["hide-input"]
 transform = make_transform(256, 256)
+found = 0
 for category in ("nut", "cloth"):
     for split in ("train", "test"):
         mine = ShortAnomalyDataset(data, category, split, transform).samples
@@ -641,32 +500,33 @@ for category in ("nut", "cloth"):
         assert [(s.image, s.defect, s.mask) for s in mine] == [
             (s.image, s.defect, s.mask) for s in theirs
         ]
-        assert [s.label for s in mine] == [s.label for s in theirs]
+        found += len(theirs)
 first, same = mixed[0], AnomalyDataset(data, "nut", "test", transform)[0]
 assert torch.equal(first["image"], same["image"])
 assert torch.equal(first["mask"], same["mask"])
-print("OK: the library finds the same images and masks, in the same order")
+print(found, "images, the same in both")
 
 # %% [markdown]
 # The items should be what the files say. At 256 pixels nothing is resized or cut, so undoing the
 # normalisation must give back the file's bytes, read here with Pillow alone. And the baseline's
 # variance should be NumPy's.
 
-# %%
+# %% tags=["hide-input"]
 for index in (0, 12, 47):
     item, sample = mixed[index], mixed.samples[index]
     stored_pixels = np.asarray(Image.open(sample.image))
     undone = item["image"].permute(1, 2, 0) * torch.tensor(IMAGENET_STD)
     undone = (undone + torch.tensor(IMAGENET_MEAN)) * 255
-    assert np.abs(undone.numpy() - stored_pixels).max() < 1e-3
+    worst = np.abs(undone.numpy() - stored_pixels).max()
+    assert worst < 1e-3
     if sample.mask is not None:
         stored_mask = np.asarray(Image.open(sample.mask))
         assert np.array_equal(item["mask"].numpy(), stored_mask > 0)
     assert item["mask"].any() == bool(item["label"])
+    print(f"image {index:2}: largest difference {worst:.2f} of 255")
 
 some = torch.stack([normal[index]["image"] for index in range(4)])
 assert np.allclose(fit_pixels(some)[1].numpy(), np.var(some.numpy(), axis=0), atol=1e-5)
-print("OK: images and masks are those of the files, the variance is NumPy's")
 
 # %% [markdown]
 # ## What it does
@@ -696,27 +556,62 @@ for category in ("nut", "cloth"):
 # {term}`AUROC` is the share of pairs in which the defect has the higher score: 0.5 is chance, 1 is
 # perfect. scikit-learn computes it; [chapter 8](08_localization.ipynb) takes it apart.
 #
-# A second question is where the map is highest. Half of the defects cover less than 1% of their
-# image. Does the highest pixel lie on the defect?
+# How sure is such a number? With other test images it would be another one. For a score that knows
+# nothing, the spread of the AUROC over new draws of $n_0$ good and $n_1$ defective images is
+#
+# $$
+# \sqrt{\frac{n_0 + n_1 + 1}{12\, n_0\, n_1}}
+# $$ (eq-dataset-error)
+#
+# With 20 and 40 that is $\sqrt{61 / 9600} = 0.08$; for one kind of defect, 20 and 8, it is 0.12. Better
+# scores vary less; chapter 2 uses the formula of {cite:t}`hanley1982auc` for them.
+#
+# A second question is where the map is highest. Does the highest pixel lie on the defect? A random
+# pixel would in fewer than 1 of 40 images: half of the defects cover less than 1% of theirs.
 
-# %% tags=["nbval-ignore-output"]
-auroc, hits = {}, {}
-for category in ("nut", "cloth"):
-    _, masks, labels = tested[category]
-    auroc[category] = roc_auc_score(labels, scores[category])
-    highest = maps[category].flatten(1).argmax(dim=1, keepdim=True)
-    on_defect = masks.flatten(1).gather(1, highest)[labels == 1]
-    hits[category] = int(on_defect.sum())
-    area = masks[labels == 1].float().mean(dim=(1, 2)).median()
-    print(f"{category:5}  image AUROC {auroc[category]:.2f}")
-    print(f"       highest pixel on the defect in {hits[category]} of {len(on_defect)} images")
-    print(f"       median defect {area:.1%} of its image")
 
 # %%
+def chance_error(good, defect):
+    """Standard deviation of the AUROC of scores that know nothing."""
+    return ((good + defect + 1) / (12 * good * defect)) ** 0.5
+
+
+def on_defect(category):
+    """For each test image: does its highest pixel lie on the defect?"""
+    highest = maps[category].flatten(1).argmax(dim=1, keepdim=True)
+    return tested[category][1].flatten(1).gather(1, highest)[:, 0].numpy()
+
+
+table = []
 for category in ("nut", "cloth"):
-    assert 0.45 < auroc[category] < 0.80
-    assert hits[category] < 25
-print("OK: the baseline stays below 0.80 on both categories")
+    labels = tested[category][2].numpy()
+    kind_of = np.array(
+        [s.defect for s in AnomalyDataset(data, category, "test", transform).samples]
+    )
+    for kind in ("all", *sorted(set(kind_of) - {"good"})):
+        chosen = (labels == 1) if kind == "all" else (kind_of == kind)
+        both = chosen | (labels == 0)
+        auroc = roc_auc_score(labels[both], scores[category][both])
+        hits = int(on_defect(category)[chosen].sum())
+        table.append((category, kind, auroc, hits, int(chosen.sum())))
+print(
+    len(table),
+    "rows; ± of the AUROC:",
+    round(chance_error(20, 40), 2),
+    round(chance_error(20, 8), 2),
+)
+
+# %% tags=["nbval-ignore-output"]
+print("category  defect          image AUROC   highest pixel on the defect")
+for category, kind, auroc, hits, count in table:
+    print(f"{category:9} {kind:15} {auroc:6.2f} {hits:18} of {count}")
+
+# %% tags=["hide-input"]
+result = {(category, kind): (auroc, hits) for category, kind, auroc, hits, _ in table}
+assert 0.5 < result["nut", "all"][0] < 0.65 and result["nut", "all"][1] <= 3
+assert 0.5 < result["cloth", "all"][0] < 0.72 and 13 <= result["cloth", "all"][1] <= 21
+assert result["cloth", "missing_thread"][0] < 0.55 and result["cloth", "missing_thread"][1] >= 6
+assert result["cloth", "hole"][0] > 0.8
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two strip plots on logarithmic axes, nut on the left and cloth on the right. In each, blue dots for good images and orange dots for defects spread over the same range; no vertical line would separate them."}, "figure": {"caption": "Image scores of the baseline. One dot is one test image; its height within a strip is arbitrary.", "name": "fig-dataset-scores"}}
 figure, axes = plt.subplots(1, 2, figsize=(6.5, 2.4))
@@ -736,7 +631,7 @@ figure.suptitle("No threshold separates good from defect", fontsize="medium")
 plt.show()
 
 # %% [markdown]
-# ### Why it fails
+# ### Where it fails, and where not
 #
 # Look at what the baseline remembers. A pixel's mean is meant to say what belongs in that place.
 # But every nut lies turned in its own way, and the light comes from another side each time. So the
@@ -761,8 +656,7 @@ figure.suptitle("The mean of good images is not a good image: it is a blur", fon
 plt.show()
 
 # %% [markdown]
-# A round ring with neither corners nor highlights is not a nut, and an even grey is not cloth. What
-# is far from a blur? A corner that happens to point where few others did; a highlight where none
+# What is far from a blur? A corner that happens to point where few others did; a highlight where none
 # was. So the map shows how this image differs from the average photo, defect or not:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three columns. Each shows a nut above and its baseline map below. The left nut is good, the others have a scratch and rust, outlined in orange. In all three maps the bright places lie along edges and highlights of the nut; the outlined defects do not stand out."}, "figure": {"caption": "Test images of the nut (orange: edge of the mask) and the baseline's maps, all on one colour scale.", "name": "fig-dataset-maps"}}
@@ -783,8 +677,17 @@ figure.suptitle("The map shows edges and highlights, not defects", fontsize="med
 plt.show()
 
 # %% [markdown]
-# The second exercise turns this around: on a nut that always lies still, the same baseline is
-# perfect. What has to change is not the statistics but what they are computed on. You need numbers
+# Cloth is different: there the highest pixel lies on 6 of 8 holes and on 7 of 8 missing threads.
+# Probably they show a brightness that cloth itself hardly has, while a fibre or a stain stays within
+# the usual range. Yet missing threads do not get higher *image scores* than good cloth:
+# 0.43. The map ranks places within one image correctly, and the images among each other not at all,
+# because good images have equally high pixels somewhere. Finding and localising are two questions.
+#
+# Where parts lie still, the baseline is strong. On the bottles of MVTec AD, photographed from above in
+# one place, the same two lines reach an image AUROC of 0.97 at 256 pixels, on its screws, which lie turned,
+# 0.47. The second exercise shows a nut that lies still. So never skip a baseline: on your line it may be all you need.
+#
+# What has to change for the nuts is not the statistics but what they are computed on. You need numbers
 # that describe *what* is seen and that stay the same when it moves a little. A pretrained network
 # provides them; that is [chapter 2](02_features.ipynb).
 
@@ -803,8 +706,8 @@ kept = v2.functional.resize(stored, [64, 64], interpolation=v2.InterpolationMode
 area = [float((mask > 0).float().mean()) for mask in (stored, kept, blended)]
 print("values, nearest: ", kept.unique().tolist())
 print("values, bilinear:", len(blended.unique()), "different ones")
-print(f"area against the original, nearest: {area[1] / area[0]:.1f}")
-print("area more than doubled by bilinear:", area[2] > 2 * area[0])
+print(f"area against the original: nearest {area[1] / area[0]:.1f}, ", end="")
+print(f"bilinear, then above 0: {area[2] / area[0]:.1f}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three enlarged masks of a scratch side by side: the original is a thin bent line; the one resized by nearest is a line of about the same width, with visible steps; the bilinear one is several times as wide."}, "figure": {"caption": "A part of the scratch's mask: the original, reduced by nearest, reduced by bilinear interpolation and compared with 0.", "name": "fig-dataset-bilinear"}}
 rows, columns = (where.unique() for where in torch.where(stored[0] > 0))
@@ -855,65 +758,13 @@ plt.show()
 
 # %%
 overlap = (together["mask"] & apart).sum() / (together["mask"] | apart).sum()
-print("same shape:", together["mask"].shape == apart.shape)
-print("less than half of the two areas in common:", bool(overlap < 0.5))
-
-# %% [markdown]
-# ### A mask of another size
-#
-# Someone scaled the masks but not the images. The library does not use such a mask, and says in one
-# sentence what it found. Without the check, a resize to 256 would make both fit and hide the mistake. The message
-# starts with the path of the file, which is left out here.
-
-# %%
-with tempfile.TemporaryDirectory() as folder:
-    wrong = Path(folder) / "000_mask.png"
-    read_mask(scratch.mask).resize((128, 128)).save(wrong)
-    try:
-        _read(Sample(scratch.image, "scratch", wrong))
-    except SimpleNetError as error:
-        print(str(error).split(": ", 1)[1])
-
-try:
-    AnomalyDataset(data, "bolt", "train", transform)
-except SimpleNetError as error:
-    print(str(error).split(": ", 1)[1])
-
-# %% [markdown]
-# ### Grey images and 16-bit images
-#
-# Some cameras save grey values of 16 bits, from 0 to 65,535. Pillow's own conversion
-# to RGB cuts them off at 255, and all that is brighter than a very dark grey becomes white.
-# `read_image` divides by 257, since $257 \cdot 255 = 65{,}535$. A grey image becomes an RGB image of
-# three equal channels.
-#
-# One trap is left. A camera with 12 bits may store its values, 0 to 4,095, in a 16-bit file as they
-# are. Then white is 4,095, and taken for 65,535 the image comes out almost black. One file does not
-# say so, but all training photos together do: no value exceeds 4,095. `simplenet train` looks for
-# the highest value and stores the white of that depth in the model; `--white 4095` states it.
-
-# %%
-grey = np.asarray(read_image(scratch.image).convert("L"))
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "camera.png"
-    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    with Image.open(path) as file:
-        naive = np.asarray(file.convert("RGB"))
-    right = np.asarray(read_image(path))
-    Image.fromarray(grey.astype(np.uint16) * 16).save(path)
-    twelve_bits = np.asarray(read_image(path))
-    stated = np.asarray(read_image(path, white=16 * 255))
-print("Pillow's conversion: all pixels white:", bool((naive == 255).all()))
-print("read_image:", right.shape, "as the 8-bit image:", bool((right[..., 0] == grey).all()))
-print("12 bits in a 16-bit file: at most", twelve_bits.max(), "instead of", grey.max())
-print("with its white stated, as the 8-bit image:", bool((stated[..., 0] == grey).all()))
+print(f"shared by the two masks, of all that either marks: {overlap:.0%}")
 
 # %% [markdown]
 # ## What the test set is not for
 #
-# One mistake gives no error message and no strange picture. You try ten variants of a method,
-# measure each on the test set, and report the best. The number is then too high, and here is how
-# much.
+# You try ten variants of a method, measure each on the test set, and report the best. Nothing warns
+# you that the number is too high. Here is how much.
 #
 # A thousand "detectors" that know nothing: each gives random scores to 60 images, 20 good and 40
 # with a defect, as in our test sets. The best of them is chosen on this test set and measured again
@@ -944,20 +795,6 @@ assert np.all(abs(again - 0.5) < 0.05) and chosen[-1] > 0.7
 for count, on_test, on_new in zip(variants, chosen, again, strict=True):
     print(f"best of {count:>4}: {on_test:.2f} on the test set, {on_new:.2f} on new images")
 
-# %% mystnb={"image": {"alt": "Line plot over the number of variants tried, 1 to 1000 on a logarithmic axis. The line for the test set that was used to choose rises from 0.5 to above 0.7. The line for new images stays at 0.5."}, "figure": {"caption": "Image AUROC of the best of many random detectors, mean of 200 repetitions.", "name": "fig-dataset-choice"}}
-figure, axes = plt.subplots(figsize=(6.5, 3))
-axes.plot(variants, chosen, marker="o", color="0.2", label="test set used to choose")
-axes.plot(variants, again, marker="s", color="0.2", linestyle="--", label="new images")
-axes.set(
-    xscale="log",
-    ylim=(0.4, 0.85),
-    xlabel="variants tried (count)",
-    ylabel="image AUROC (no unit)",
-    title="Choosing on the test set makes chance look like skill",
-)
-axes.legend(loc="upper left")
-plt.show()
-
 # %% [markdown]
 # The best of a thousand knows as little as the first, and looks better than our baseline. With real
 # variants the effect is smaller but does not vanish, as the third exercise shows. So nothing may be
@@ -971,27 +808,22 @@ plt.show()
 # %% [markdown]
 # ## Exercises
 #
-# :::{exercise} easy: the detector that always says "good"
-# :label: ex-dataset-accuracy
+# :::{exercise} easy: how many test images?
+# :label: ex-dataset-error
 #
-# On a line, 1 part in 100 has a defect. A detector says "good" to everything. How many of 100
-# verdicts are right, and how many defects does it find? What is the image AUROC of a detector that
-# gives every image of the nut's test set the same score? Work it out first, then let scikit-learn
-# confirm it.
+# Use {eq}`eq-dataset-error`. You own photos of 5 good and 5 defective parts: how large is the ± of an AUROC
+# near chance? How many photos of each kind make it 0.04, if you have equally many?
 #
-# **Expected result:** 99 right, 0 found, AUROC 0.5.
+# **Expected result:** 0.19; about 105 of each.
 # :::
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-truth = np.array([1] + [0] * 99)
-verdict = np.zeros(100, dtype=int)
-right_verdicts = int((verdict == truth).sum())
-found = int(verdict[truth == 1].sum())
-# Every pair of a defect and a good image is a tie, and a tie counts half.
-constant = roc_auc_score(tested["nut"][2], np.zeros(60))
-print(f"right: {right_verdicts} of 100, defects found: {found}, AUROC: {constant}")
-assert (right_verdicts, found, constant) == (99, 0, 0.5)
+five = chance_error(5, 5)
+# (2n + 1) / (12 n²) = 0.04² gives n = 104.7.
+needed = next(n for n in range(1, 1000) if chance_error(n, n) <= 0.04)
+print(f"± {five:.2f} with 5 of each; {needed} of each for ± 0.04")
+assert needed == 105 and abs(five - 0.19) < 0.005
 
 # %% [markdown]
 # :::{exercise} medium: a line where the baseline works
@@ -1004,7 +836,7 @@ assert (right_verdicts, found, constant) == (99, 0, 0.5)
 # random angle (`v2.functional.rotate`, bilinear) and measure again. Take the maximum over the
 # central 180 x 180 pixels only: a turned image has empty corners.
 #
-# **Expected result:** 1.0 if the nut lies still; below 0.8 if it is turned.
+# **Expected result:** 1.0 if the nut lies still; about 0.4, no better than chance, if it is turned.
 # :::
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
@@ -1028,7 +860,7 @@ for name, images in (("still", still), ("turned", turned)):
     mean, variance = fit_pixels(images[:60])
     central = pixel_map(images[60:], mean, variance)[:, 38:218, 38:218]
     results[name] = roc_auc_score(labels, central.amax(dim=(1, 2)))
-print(f"still: {results['still']:.1f}, turned below 0.8: {results['turned'] < 0.8}")
+print(f"still: {results['still']:.1f}, turned: {results['turned']:.1f}")
 assert results["still"] > 0.99 and results["turned"] < 0.8
 
 # %% [markdown]
@@ -1041,10 +873,10 @@ assert results["still"] > 0.99 and results["turned"] < 0.8
 # good and 20 defect images each. Choose the best variant on one half and measure it on the other.
 # Repeat 200 times and compare the two mean AUROCs.
 #
-# **Expected result:** above 0.58 on the half that chose, below 0.56 on the other.
+# **Expected result:** about 0.64 on the half that chose, about 0.52 on the other.
 # :::
 
-# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# %% tags=["hide-cell", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 images, _, labels = tested["nut"]
 labels = labels.numpy()
@@ -1068,9 +900,9 @@ for _ in range(200):
     on_chosen.append(here.max())
     on_other.append(pair_auroc(variant_scores[:, other], labels[other])[here.argmax()])
 on_chosen, on_other = np.mean(on_chosen), np.mean(on_other)
-print(f"{len(variant_scores)} variants")
-print(f"above 0.58 on the half that chose: {on_chosen > 0.58}")
-print(f"below 0.56 on the other half: {on_other < 0.56}")
+print(
+    f"{len(variant_scores)} variants: {on_chosen:.2f} on the half that chose, {on_other:.2f} elsewhere"
+)
 assert len(variant_scores) == 36 and on_chosen > 0.58 and on_other < 0.56
 
 # %% [markdown]
@@ -1087,14 +919,15 @@ assert len(variant_scores) == 36 and on_chosen > 0.58 and on_other < 0.56
 #
 # </details>
 #
-# **2. Why is the mask resized with nearest interpolation and the image is not?**
+# **2. On cloth with a missing thread the highest pixel lies on the defect in 7 of 8 images, and the image
+# AUROC is 0.43. How can both be true?**
 #
 # <details>
 # <summary>Answer</summary>
 #
-# A brightness between two pixels' brightnesses is a sensible value, so averaging an image is right,
-# and it avoids jagged edges. A value between "defect" and "no defect" means nothing. Nearest
-# interpolation picks one of the pixels, so a mask of zeros and ones stays one.
+# The first compares pixels within one image, the second one image with another. The missing thread is
+# the highest place of its own image, but the highest places of good images are as high. A score that
+# compares images needs values that mean the same in each.
 #
 # </details>
 #
@@ -1118,7 +951,8 @@ assert len(variant_scores) == 36 and on_chosen > 0.58 and on_other < 0.56
 # - Image and mask are resized and cropped together; the image is interpolated, the mask keeps its
 #   values by taking the nearest pixel.
 # - Mean and variance of each pixel are a poor picture of normal if the part turns or the yarns
-#   shift: the image AUROC is little better than chance on both categories.
+#   shift: image AUROC 0.57 on the nut, 0.62 on cloth, each ± 0.08. On a part that lies still they are
+#   strong.
 # - The test set measures, once. Whatever is chosen on it looks better than it is.
 
 # %% [markdown]
@@ -1135,3 +969,146 @@ assert len(variant_scores) == 36 and on_chosen > 0.58 and on_other < 0.56
 #
 # Pixels do not stay put, but what they show can be recognised: [Frozen features](02_features.ipynb)
 # looks at the images through a pretrained network.
+
+# %% [markdown]
+# ## Appendix: reading any file
+#
+# ### An image
+#
+# `Image.open(path).convert("RGB")` reads most images. Cameras are less uniform than that: some save
+# grey images, some 16 bits, some a picture lying on its side with a note about how to turn it. And a
+# damaged file should be named. Whatever is in the file, `read_image` makes 8-bit RGB of it. `white` is
+# the value that is white in a file of more than 8 bits. Who has read the bytes already hands them over
+# as `data`.
+
+# %% tags=["library"]
+# simplenet_lib/dataset.py
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
+
+
+def _open(path: Path, data: bytes | None = None) -> Image.Image:
+    """Decode an image's first page and turn it upright; ``data`` are its bytes, if read."""
+    data = read_file(path) if data is None else data
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            image.load()
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise SimpleNetError(_not_readable(path, error)) from error
+    return image
+
+
+def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
+    """An image of any depth, with or without transparency, as 8-bit RGB."""
+    if image.mode.startswith(("I", "F")):
+        white = white or (1 if image.mode == "F" else 65535)
+        values = np.nan_to_num(np.clip(np.asarray(image, dtype=np.float64), 0, white))
+        # 0.001: a product that should be whole may be a little less.
+        image = Image.fromarray(np.floor(values * (255 / white) + 0.001).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image.Image:
+    """Read an image of any depth, grey, palette or colour, as upright 8-bit RGB."""
+    return as_rgb(_open(path, data), white)
+
+
+# %% [markdown]
+# ### A mask
+#
+# A mask has the values 0 and something else: 255 in some data sets, 1 in others, several numbers where
+# there are several kinds. So everything but 0 is defect. One exception: a mask that was once saved as
+# JPEG has faint traces around its edge. Values up to a quarter of the maximum count as such traces,
+# unless they fill whole areas, as a label does and a trace does not. A folder of masks is joined to one.
+
+# %% tags=["library"]
+# simplenet_lib/dataset.py
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read a mask as 8-bit 0 and 1: every value but that of the background, 0, is defect."""
+    if path.is_dir():
+        several = [read_mask(file) for file in image_files(path)]
+        if len({mask.size for mask in several}) > 1:
+            raise MaskSizeError(f"{path}: its masks differ in size.")
+        return Image.fromarray(np.maximum.reduce([np.asarray(mask) for mask in several]))
+    image = _open(path)
+    values = _mask_values(image)
+    high = values.max()
+    low = (values > 0) & (values <= high / 4)
+    if high > 32 and not _fills_areas(values, low):
+        values = np.where(low, 0, values)
+    return Image.fromarray((values > 0).astype(np.uint8))
+
+
+# %%
+clean = np.asarray(Image.open(scratch.mask))
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "mask.jpg"
+    Image.fromarray(clean).save(path)
+    above_zero = np.asarray(Image.open(path)) > 0
+    as_read = np.asarray(read_mask(path)) > 0
+marked = clean > 0
+print("marked in the mask:", marked.sum(), "pixels")
+print("saved as JPEG, above 0:  ", (above_zero != marked).sum(), "wrong pixels")
+print("saved as JPEG, read_mask:", (as_read != marked).sum(), "wrong pixels")
+
+# %% [markdown]
+# ### A mask of another size
+#
+# Someone scaled the masks but not the images. Without a check, a resize to 256 would make both fit and
+# hide the mistake. `_read` refuses and says in one sentence what it found; the library then leaves out
+# the metrics on pixels. The message starts with the path of the file, which is left out here.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    wrong = Path(folder) / "000_mask.png"
+    read_mask(scratch.mask).resize((128, 128)).save(wrong)
+    try:
+        _read(Sample(scratch.image, "scratch", wrong))
+    except SimpleNetError as error:
+        print(str(error).split(": ", 1)[1])
+
+try:
+    AnomalyDataset(data, "bolt", "train", transform)
+except SimpleNetError as error:
+    print(str(error).split(": ", 1)[1])
+
+# %% [markdown]
+# ### Grey images and 16-bit images
+#
+# Some cameras save grey values of 16 bits, from 0 to 65,535. Pillow's own conversion
+# to RGB cuts them off at 255, and all that is brighter than a very dark grey becomes white.
+# `read_image` maps white to 255 instead. A grey image becomes an RGB image of three equal channels.
+#
+# One trap is left. A camera with 12 bits may store its values, 0 to 4,095, in a 16-bit file as they
+# are. Read as 16 bits, the image comes out almost black. Give `white=4095` then. `simplenet train` looks
+# at all training photos first and takes the depth that holds their highest value.
+
+# %%
+grey = np.asarray(read_image(scratch.image).convert("L"))
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "camera.png"
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    with Image.open(path) as file:
+        naive = np.asarray(file.convert("RGB"))
+    right = np.asarray(read_image(path))
+    Image.fromarray(grey.astype(np.uint16) * 16).save(path)
+    twelve_bits = [np.asarray(read_image(path, white=white)).max() for white in (0, 4095)]
+print(
+    f"8 bits: mean {grey.mean():.0f}; Pillow's conversion of 16: mean {naive.mean():.0f}; ", end=""
+)
+print(f"read_image: mean {right.mean():.0f}")
+print("brightest pixel:", grey.max(), end="; ")
+print("12 bits in a 16-bit file:", twelve_bits[0], end="; ")
+print("with white=4095:", twelve_bits[1])

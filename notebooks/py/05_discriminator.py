@@ -155,8 +155,9 @@ plt.show()
 
 # %% [markdown]
 # A band is closed in one direction only. The point (20, 20) lies on the diagonal, far from all
-# normal vectors, and still scores 2. More hidden units add more lines, and many lines close the
-# region on all sides. That is all the hidden layer is for.
+# normal vectors, and still scores 2. In the plane a third and a fourth unit can close the region on all
+# sides. Among real features there are never enough units for that, as *An open region* shows below: each
+# pair of units bounds one direction, and the score adds up how far a vector strays from many such bands.
 
 # %%
 print("score of (20, 20):", round(toy_score(torch.tensor([20.0, 20.0])).item()))
@@ -382,9 +383,9 @@ print("OK: nearly all normal points are recognised, and most of the noisy ones")
 
 # %% [markdown]
 # A good share of the noisy points stays above zero, and rightly so: in two dimensions noise often
-# moves a point along the ring, or hardly at all. In 512 dimensions noise is never short; chapter 4
-# showed that its length is always close to $σ\sqrt{A}$. So expect the real vectors to be *easier*
-# than the toy.
+# moves a point along the ring, or hardly at all. Among 512 dimensions there are many in which normal
+# vectors hardly differ; chapter 4 called them thin. Noise shows in each of them a little, and the
+# evidence adds up.
 #
 # ### On real vectors
 #
@@ -526,12 +527,43 @@ print("OK: rust, dent and fibre stand out in their maps; this scratch does not")
 #
 # ## What can go wrong
 #
+# ### An open region
+#
+# The region of normal scores is never closed. Take a direction $d$ in which every hidden unit with a
+# positive weight in $w_2$ rises and every one with a negative weight falls: $W_1 d = \text{sign}(w_2)$.
+# With no more hidden units than inputs, $K \le A$, these are at most as many equations as unknowns,
+# and there is a solution. Along $d$ all units push the score up, without bound. Walk along it from a
+# normal vector, away from everything that is normal:
+
+# %%
+with torch.no_grad():
+    norm = network.norm
+    rows = network.hidden.weight * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]
+    signs = torch.sign(network.score.weight[0])
+    away = torch.linalg.lstsq(rows.double(), signs.double()[:, None]).solution[:, 0].float()
+    away /= away.norm()
+    walk = [network(held_out[:1] + distance * away).item() for distance in (0, 10, 100, 1000)]
+print("length of a normal vector:", f"{held_out.norm(dim=1).mean():.0f}")
+for distance, score in zip((0, 10, 100, 1000), walk, strict=True):
+    print(f"{distance:4} away: score {score:.1f}")
+
+# %% tags=["hide-input"]
+assert walk[0] < walk[1] < walk[2] < walk[3] and walk[3] > 10 * abs(walk[0])
+
+# %% [markdown]
+# The farther, the *more* normal. The published head, with 1,024 units on 1,536 channels, even has 512
+# directions in which its score does not change at all. A defect that leads into such a direction is
+# missed. That noise helps nevertheless is because it leads into all directions at once, and the
+# discriminator spends its units on those that tell most: the thin ones. One more consequence: far from
+# normal vectors the score is extrapolation, and two heads trained with other seeds extrapolate
+# differently. Their mean is better than one of them; the library's default is a committee of five.
+#
 # ### A single linear layer
 #
 # Why not leave the hidden layer out? A linear score of a noisy vector is
 # $s' = w^\top z + b + w^\top ε = s + w^\top ε$: the normal score plus a number that is as often
 # positive as negative. So half of the noisy vectors score *higher* than their originals, whatever
-# $w$ is. Noise surrounds each vector on all sides, and one plane is no enclosure.
+# $w$ is. Noise surrounds each vector on all sides, and a plane has only one side that is anomalous.
 #
 # The loss shows it, too. $ε$ and $-ε$ are equally likely, and moving a score up and down by the
 # same amount never makes the average charge smaller. So the charge is at least that of no noise at
@@ -910,9 +942,9 @@ assert right == 400 and abs(share - 0.5) < 0.05
 # <details>
 # <summary>Answer</summary>
 #
-# Because one class surrounds the other. A linear layer puts one plane into the space, and the noise
-# lands on both sides of it equally often. Hidden units add planes, and together they enclose the
-# normal vectors.
+# Because noise leads to both sides of every plane equally often. Two hidden units bound one direction
+# on both sides, and the score sums over many directions how far a vector strays. They enclose nothing:
+# some directions stay open.
 #
 # </details>
 #
@@ -944,8 +976,8 @@ assert right == 400 and abs(share - 0.5) < 0.05
 # - The discriminator is Linear, optionally BatchNorm, LeakyReLU, Linear without bias: one vector
 #   in, one score out, high for normal. At 512 channels it has 263,168 parameters, or 264,192 with
 #   BatchNorm.
-# - Noise surrounds normal vectors, so the boundary must close around them. A linear layer cannot do
-#   that; a hidden layer can.
+# - Noise leads to both sides of normal vectors. A linear layer cannot tell that; a pair of hidden units
+#   bounds one direction on both sides. With no more units than channels some directions stay open.
 # - It scores each position on its own. A map is the scores, put back into the grid.
 # - Keep the raw score: a sigmoid cannot satisfy the margin loss, loses its gradient and ties the
 #   most anomalous positions.
