@@ -19,14 +19,14 @@
 #
 # - **Train** a detector on a flat folder of good photos, and choose the photos for it.
 # - **Predict** how many false alarms a threshold gives, and how sure you can be of that.
-# - **Weigh** false alarms against missed defects, in money.
-# - **Notice** when new photos no longer look like those you trained on.
+# - **Weigh** false alarms against missed defects, and bound the misses by an acceptance test.
+# - **Notice** when new photos no longer look like those you trained on, by photo and by shift.
 # - **Export** the detector to ONNX, and check that it gives the same answers there.
 #
 # ## Before you start
 #
-# You have read chapters 1 to 8. About 30 minutes to read; runs in about a minute on two CPU cores,
-# no GPU needed.
+# You have read chapters 1 to 8. Skim it in 25 minutes, work through it in 70; it runs in about two
+# minutes on two CPU cores, no GPU needed.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
 # On Colab this installs the library; on your machine `make setup` has done so.
@@ -66,6 +66,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from typer.testing import CliRunner
@@ -88,7 +89,7 @@ from simplenet_lib.localization import anomaly_map, image_score, predict, thresh
 from simplenet_lib.model import Head, SimpleNet
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
-from simplenet_lib.training import cached_maps, fit, split_images, train
+from simplenet_lib.training import cached_maps, calibrate, fit, split_images, train
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD, find_weights
 
 use_book_style()
@@ -116,7 +117,7 @@ ONE_HEAD = {
 #
 # For every new photo you have two questions, and both answers come from good photos alone.
 #
-# **Is there a defect?** The {term}`threshold` is the highest {term}`image score` of $n$
+# **Is there a defect?** Let the {term}`threshold` be the highest {term}`image score` of $n$
 # {term}`held-out images`. A defect should score higher. But so may a good photo, sometimes. Take
 # $n = 3$ held-out photos and one new good photo. If nothing sets the new one apart, all orders
 # of the four scores are equally likely. There are $4! = 24$; the new photo is the highest in
@@ -129,7 +130,8 @@ print(f"the new photo is the highest in {highest_is_new} of {len(orders)} orders
 
 # %% [markdown]
 # Photos whose order says nothing about which one is the new one are called {term}`exchangeable`.
-# That is an assumption about how you took them.
+# That is an assumption about how you took them. With the $k$-th highest score as the threshold the new photo
+# has $k$ of $n + 1$ places above it: $k / (n + 1)$ false alarms.
 #
 # **Is this a photo like those at all?** If the lamp ages or the lens is out of focus, the detector
 # meets pictures it knows nothing about, and its verdict means nothing. Such a change, {term}`drift`,
@@ -154,7 +156,7 @@ highest = [max(toy.flatten().tolist()) for toy in toys]
 print("median:", middle, " maximum:", highest)
 
 # %% mystnb={"image": {"alt": "Three grids of five by five numbers. The first holds 1, 2 and 3. In the second a block of four pixels is bright and reads 9. In the third all numbers lie between 6 and 8. Below them the medians 2, 2 and 7."}, "figure": {"caption": "A defect raises the highest grey level of a picture, other light its median.", "name": "fig-photos-toy"}} tags=["hide-input"]
-figure, axes = plt.subplots(1, 3, figsize=(6.5, 2.7))
+figure, axes = plt.subplots(1, 3, figsize=(6.5, 3.1))
 titles = ("as trained", "a defect", "another light")
 for axis, toy, title, level, top in zip(axes, toys, titles, middle, highest, strict=True):
     axis.imshow(toy, cmap="magma", vmin=0, vmax=11)
@@ -173,20 +175,21 @@ plt.show()
 #
 # Section 3.6 of the paper {cite:p}`liu2023simplenet` ends with the image score: the maximum of the
 # map, {eq}`eq-image-score`. There is no threshold in it and no word on use in production,
-# except for speed: section 4 states 77 images a second on an RTX 3080 Ti (we transcribed that
-# figure from secondary sources). What follows is ours.
+# except for speed: the abstract states 77 images a second on an RTX 3080 Ti. What follows is ours.
 #
 # For exchangeable photos the false alarm rate of a threshold from $n$ held-out photos is
 # $1/(n + 1)$ on average, {eq}`eq-false-alarms`. But you have one detector, not the average. Call
 # its true false alarm rate $R$. For $R$ to exceed $r$, all $n$ held-out scores must lie below the
-# level that a share $r$ of all good photos exceeds. Each does so with probability $1 - r$, hence
+# level that a share $r$ of all good photos exceeds. Each does so with probability $1 - r$. If the photos are
+# drawn *independently*, which is a little more than exchangeable, the probabilities multiply:
 #
 # $$
 # P(R > r) = (1 - r)^n
 # $$ (eq-rate-spread)
 #
-# This is the distribution $\text{Beta}(1, n)$ {cite:p}`angelopoulos2023conformal`. It does not
-# depend on how the scores are distributed, as long as no two are equal.
+# It does not depend on how the scores are distributed, as long as no two are equal
+# {cite:p}`angelopoulos2023conformal`. For the $k$-th highest score fewer than $k$ of the $n$ must lie above
+# that level: a binomial sum instead of one product.
 #
 # Whether a photo $x$ looks like the $k$ training photos as a whole, we ask of three properties. Its
 # *light* $l$ compares the grey levels $g_q$ below which a share $q$ of its pixels lies, from 5% to
@@ -342,7 +345,7 @@ print("five heads: scored by a head that has not seen them:", (committee >= 0).s
 #
 # The toys by hand, `Detector` against its parts, and the folder against chapter 1's dataset.
 
-# %%
+# %% tags=["hide-input"]
 assert toys.flatten(1).median(dim=1).values.tolist() == middle == [2, 2, 7]
 assert image_score(toys).tolist() == highest == [3, 9, 8]
 assert np.allclose(lights, [0, 0, math.log(11 / 6)])
@@ -369,7 +372,8 @@ assert maps.shape == (3, 256, 256) and scores.shape == (3,)
 for prediction, map_, score in zip(from_files, maps.numpy(), scores.tolist(), strict=True):
     assert np.abs(prediction.map - map_).max() < 1e-3
     assert abs(prediction.score - score) < 1e-3
-print("OK: toys, folder and module agree with what they were built from")
+apart = max(abs(p.score - s) for p, s in zip(from_files, scores.tolist(), strict=True))
+print("three photos from files and as pixels: scores differ by less than 0.001:", apart < 1e-3)
 
 # %% [markdown]
 # ## What it does
@@ -395,18 +399,24 @@ unfamiliar = np.array([bool(found) for found in reasons])
 print(f"false alarms:   {(good > 1).sum()} of 20 good nuts")
 print(f"defects found:  {(defects > 1).sum()} of 40")
 print(f"unfamiliar:     {unfamiliar.sum()} of 60")
+print("with the third highest of the 60 good photos as the threshold: ", end="")
+third = threshold(torch.from_numpy(trained.scores), 0.05)
+print(f"{(good > third).sum()} false alarms, {(defects > third).sum()} found")
 
-# %%
-assert (good > 1).mean() < 0.3
-assert (defects > 1).mean() > 0.6
-assert unfamiliar.mean() < 0.1
-print("OK: most verdicts are right, the photos are familiar")
+# %% tags=["hide-input"]
+assert (good > 1).mean() < 0.3 and unfamiliar.mean() < 0.1
+assert (defects > third).mean() >= (defects > 1).mean() > 0.5
+
+# %% [markdown]
+# No false alarm in 20 is what you expect of 1 in 61; it promises no more than that fewer than about 14%
+# of good nuts raise one (chapter 11). The price is paid by the defects: the highest of 60 good photos lies
+# above the faint ones. Accepting three of 61 finds a few more.
 
 # %% [markdown]
 # ## How many photos are enough?
 #
-# The runs below were measured with the first edition of the library, whose default was the one head of
-# these chapters: from the training images of one
+# The runs below are from the first edition of the library, whose default was the one head of
+# these chapters, with the highest held-out score as its threshold: from the training images of one
 # category a number of photos is drawn at random, and of these a tenth is held out, at least one. All
 # of it is repeated with three seeds. `nut` is synthetic, `bottle` is from {term}`MVTec AD`.
 
@@ -444,7 +454,7 @@ axes[1].plot(counts, expected, "k:", label="1 / (n + 1)")
 axes[1].set_ylim(-0.05, 1.05)
 for axis in axes:
     axis.set_xscale("log")
-    axis.set_xticks([5, 10, 20, 50, 100, 209], [5, 10, 20, 50, 100, 209])
+    axis.set_xticks([5, 10, 20, 50, 100, 200], [5, 10, 20, 50, 100, 200])
     axis.minorticks_off()
     axis.set_xlabel("good photos, threshold's among them")
 axes[0].set_ylabel("image AUROC")
@@ -455,20 +465,22 @@ axes[0].legend()
 axes[1].legend()
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 for name, curve in curves.items():
     few, many = curve[min(curve)], curve[max(curve)]
     for metric, better in (("image_auroc", 1), ("false_alarm_rate", -1)):
         gain = np.mean([run[metric] for run in many]) - np.mean([run[metric] for run in few])
         assert better * gain > -0.02, (name, metric)
-print("OK: more photos, better order and fewer false alarms")
 
 # %% [markdown]
 # Two different things are learned here. *The order of the scores*, left, comes early: on bottle 5
-# photos order the test images almost perfectly, on nut 20 do about as well as 60. *The threshold*,
-# right, does not. With 5 or 10 photos a single one is held out, and the rate is a lottery: the error
-# bars reach from few false alarms to most good parts. The dotted line is the 1 in $n + 1$ of the
-# toy; the points scatter around it, widely where $n$ is small.
+# photos order the test images almost perfectly, on nut 20 do at least as well as 60. (.98 with 20, .95 with
+# 60: three seeds and 60 test images do not separate these, but one thing did change. All trainings have the
+# same 100 steps, so with more photos each is seen less often.) *The threshold*,
+# right, needs more. With 5 or 10 photos a single one is held out, and of the twelve detectors one
+# calls a fifth of the good parts anomalous, another all of them. The dotted line is the 1 in $n + 1$ of the
+# toy. The points of nut scatter around it; those of bottle lie at or above it throughout, so its training
+# and test photos are probably not quite exchangeable.
 #
 # Read the last column of the table with care. Five photos find nearly all defects. It is no merit:
 # with such a threshold about half of the good parts are called anomalous as well.
@@ -492,7 +504,7 @@ for n in (3, 6, 20, 59):
         assert abs(rates.mean() - 1 / (n + 1)) < 0.01
         for r in (0.05, 0.1, 0.3, 0.5):
             assert abs((rates > r).mean() - (1 - r) ** n) < 0.02
-print("OK: mean 1 / (n + 1) and P(R > r) = (1 - r)^n, whatever the distribution")
+    print(f"n = {n:2}: mean rate {rates.mean():.2f}, by the formula {1 / (n + 1):.2f}")
 
 # %% mystnb={"image": {"alt": "Four falling curves from probability 1 at rate 0. For 3 held-out photos the curve falls slowly and still has 0.13 at rate 0.5. For 6, 20 and 59 photos it falls ever faster; the last passes 0.05 at rate 0.05."}, "figure": {"caption": "How probable it is that the true false alarm rate exceeds r, for a threshold from n held-out photos.", "name": "fig-photos-spread"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
@@ -540,11 +552,8 @@ def cost(
     return 1000 * ((1 - p) * alarm * false_positive_rate + p * miss * (1 - true_positive_rate))
 
 
-assert math.isclose(cost(0.1, 0.9, 0.01, 1, 10), 109)
-assert math.isclose(cost(0.01, 0.5, 0.01, 1, 10), 59.9)
-assert math.isclose(cost(0.1, 0.9, 0.01, 1, 100), 199)
-assert math.isclose(cost(0.01, 0.5, 0.01, 1, 100), 509.9)
-print("OK: the four costs worked by hand")
+for name, rates in (("A", (0.1, 0.9)), ("B", (0.01, 0.5))):
+    print(name, [round(cost(*rates, 0.01, 1, miss), 1) for miss in (10, 100)])
 
 # %% [markdown]
 # Now for the nut. Each threshold is one of the scores of the 20 good test images: the highest calls
@@ -554,15 +563,14 @@ print("OK: the four costs worked by hand")
 # how many false alarms to accept. The share of missed defects you have to guess, until you have met some.
 
 # %%
-shares = np.arange(11) / 21
-limits = [threshold(torch.from_numpy(good), min(share, 0.5)) for share in shares]
+shares = np.arange(1, 11) / 21  # the highest score, the second highest, ...
+limits = [threshold(torch.from_numpy(good), share) for share in shares]
 costs = {
     miss: [cost((good > t).mean(), (defects > t).mean(), 0.01, 1, miss) for t in limits]
     for miss in (10, 100, 1000)
 }
 best = {miss: int(np.argmin(values)) for miss, values in costs.items()}
 assert shares[best[10]] <= shares[best[100]] <= shares[best[1000]]
-print("OK: the dearer a miss, the lower the best threshold")
 
 # %% mystnb={"image": {"alt": "Three curves of cost against the accepted share of false alarms. For misses that cost 10 or 100 the curve is lowest at or near 0 and rises. For misses that cost 1000 it falls first; its lowest point lies further right."}, "figure": {"caption": "Expected cost of 1,000 nuts, 1% of them with a defect, in units of one false alarm. Rates from the test set, as an illustration; dots mark the lowest cost.", "name": "fig-photos-cost"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
@@ -581,12 +589,57 @@ plt.show()
 # false alarm leave a high threshold the cheapest here. In the configuration it is one number,
 # `false_alarms`: `--set false_alarms=0.1` accepts about one false alarm in ten.
 #
+# ### Most alarms are false
+#
+# The same arithmetic answers what the person at the line will ask: *of the parts it rejects, how many are
+# defective?* A detector that finds 97.5% of the defects and calls one good part in seven anomalous looks
+# fine. With 1% of defective parts, 1,000 parts have 10 defects and 990 good ones: 9.75 true alarms and 141
+# false ones. Six of a hundred rejected parts are defective. This *base rate* decides what the line
+# feels, and image AUROC, measured on a test set that is mostly defects, does not know it.
+
+# %%
+print("of 100 alarms at 97.5% found, so many are defects:")
+print("false alarms    1% defective   0.1% defective")
+for false_alarms in (1 / 7, 0.05, 0.01, 0.001):
+    shares_true = [100 * p * 0.975 / (p * 0.975 + (1 - p) * false_alarms) for p in (0.01, 0.001)]
+    print(f"{false_alarms:12.1%}{shares_true[0]:16.0f}{shares_true[1]:17.0f}")
+
+# %% [markdown]
+# Two ways out: fewer false alarms, for which you need hundreds of good photos for the threshold, or a second,
+# cheap look at each alarm. A worker who sees 140 alarms a day for 10 defects stops looking at any.
+#
+# ### An acceptance test
+#
+# How many defects will it miss? No good photo can tell you. So before you rely on it, damage parts
+# yourself: 20 to 60 good ones, in every way you can think of, scratched, bent, dirty, faint and
+# clear. Photograph them as the line does, and count. If it misses none of $n$, the true share of misses could
+# still be $p$ with $(1 - p)^n \ge 0.05$, that is up to about $3 / n$. If it misses some, the binomial interval
+# says how many it may be:
+
+# %%
+print("missed   true share of misses below (95% sure)")
+for missed, tried in ((0, 20), (0, 60), (2, 60)):
+    bound = binomtest(missed, tried).proportion_ci(0.90).high
+    print(
+        f"{missed} of {tried:3}   {bound:.0%}" + (f"   3/n: {3 / tried:.0%}" if missed == 0 else "")
+    )
+
+# %% tags=["nbval-ignore-output"]
+missed = int((defects <= 1).sum())
+bound = binomtest(missed, len(defects)).proportion_ci(0.90).high
+print(f"our nuts: {missed} of {len(defects)} missed, so up to {bound:.0%} of such defects")
+
+# %% [markdown]
+# Three rules keep it honest. Decide the number of parts and what you would accept *before* you look. Do not
+# pick the damage by what the detector sees. And if you change anything afterwards, threshold, light or
+# photos, damage other parts: these have been used. The bound holds for damage like yours; a defect that nobody
+# thought of is not in it.
+#
 # ## Are these photos like those?
 #
 # Take ten test images, a sixth of the set, good ones and defects. Change the whole picture in seven
 # ways that happen to cameras, and ask for each: how many are unfamiliar, for which reasons,
-# and how many are called anomalous? As they are, about six of the ten should be
-# called anomalous: so many show a defect.
+# and how many are called anomalous? Six of the ten show a defect.
 
 # %%
 ten = list(range(0, 60, 6))
@@ -648,12 +701,11 @@ figure.suptitle(
 )
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 assert shares["as they are"] == 0 and shares["light x 0.85"] <= 0.5
 for name in ("light x 0.7", "warmer light", "out of focus", "sensor noise", "zoom 0.8"):
     assert shares[name] >= 0.8
 assert min(called[name] for name in ("warmer light", "out of focus", "sensor noise")) >= 0.8
-print("OK: strong changes are noticed, and their verdicts are worth nothing")
 
 # %% [markdown]
 # Read the two columns of the table together. In warmer light, out of focus, with noise or from farther
@@ -668,12 +720,83 @@ print("OK: strong changes are noticed, and their verdicts are worth nothing")
 #   differ in brightness themselves. If training photos differ by more than a factor of 1.5, light is
 #   not asked for at all.
 # - **A shift.** The photo as a whole is the same, and so nothing warns you. But the part has left its
-#   usual place, beside it the border is mirrored, and all ten are called anomalous.
+#   usual place, and all ten are called anomalous. (Zoomed and shifted photos are filled up with their mirror
+#   image here; a part of what is seen in these two rows may be its seam.)
 # - **Anything that leaves most of the picture alone.** A hair on the lens is a defect to it.
 #
 # And it is not a statistical test: its margins are numbers that we chose, and no false alarm rate
 # follows from them. A single unfamiliar photo means little. If most photos of a day are
 # unfamiliar, something has changed.
+#
+# ### A chart a shift
+#
+# What a single photo cannot show, the mean of a shift can. Good nuts differ in brightness, so 10% less light
+# is nothing unusual for one. The mean of ten differs by $\sqrt{10}$ less. So keep a *control chart*: for each
+# shift the mean grey level and the mean score of ten parts that were found good, with limits at the good photos'
+# mean $\pm 3 s / \sqrt{10}$, where $s$ is the deviation over single photos. Without a change a mean lies outside
+# in about 3 of 1,000 shifts, if it is about normally distributed. Here the lamp loses 5% a shift from the third
+# shift on.
+
+# %%
+rng = np.random.default_rng(0)
+lamp = (1, 1, 0.95, 0.9, 0.85, 0.8)
+good_ones = np.flatnonzero(labels == 0)
+chart: dict[str, list[float]] = {"grey level": [], "score": []}
+singles = []
+for brightness in lamp:
+    drawn = rng.choice(good_ones, 10, replace=False)
+    shift = brightness * torch.stack(
+        [v2.functional.pil_to_tensor(read_image(test.samples[i].image)) / 255 for i in drawn]
+    )
+    shift_scores, found = ask(shift)
+    chart["grey level"].append(float(shift.mean(dim=(1, 2, 3)).log().mean()))
+    chart["score"].append(float(shift_scores.mean()))
+    singles.append(sum(bool(reasons) for reasons in found))
+levels = [math.log(np.asarray(read_image(s.image)).mean() / 255) for s in nuts.samples]
+limits_of = {}
+for name, values in (("grey level", np.array(levels)), ("score", trained.scores)):
+    half = 3 * values.std(ddof=1) / math.sqrt(10)
+    limits_of[name] = (values.mean() - half, values.mean() + half)
+
+# %% mystnb={"image": {"alt": "Two charts over six shifts, the mean logarithm of the grey level and the mean score, with dashed limits. The grey level lies within its limits in the first two shifts, then falls steadily and leaves them; the score stays within its limits longer."}, "figure": {"caption": "Control charts: means of ten good nuts a shift, limits from the 60 good photos. From shift 3 on the lamp loses 5% a shift.", "name": "fig-photos-chart"}} tags=["hide-input"]
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8))
+for axis, (name, values) in zip(axes, chart.items(), strict=True):
+    low, high = limits_of[name]
+    outside = [not low <= value <= high for value in values]
+    axis.plot(range(1, 7), values, "o-", color=NORMAL)
+    axis.plot(
+        [k + 1 for k in range(6) if outside[k]],
+        [v for v, o in zip(values, outside, strict=True) if o],
+        "o",
+        color=DEFECT,
+        ms=9,
+    )
+    for limit in (low, high):
+        axis.axhline(limit, color="black", linestyle="--", linewidth=1)
+    axis.set_xlabel("shift")
+    axis.set_title(f"mean {name}")
+axes[0].set_ylabel("log of the grey level")
+axes[1].set_ylabel("score")
+figure.suptitle("The mean of ten sees what single photos hide", fontsize="medium")
+plt.show()
+
+# %% tags=["nbval-ignore-output"]
+print("photos of ten called unfamiliar, by shift:", singles)
+for name, values in chart.items():
+    low, high = limits_of[name]
+    print(
+        f"{name:10} outside its limits in shift",
+        [k + 1 for k in range(6) if not low <= values[k] <= high],
+    )
+
+# %% [markdown]
+# The grey level leaves its limits at 15% less light, where one or two of ten single photos are called
+# unfamiliar, and nobody stops a line for that. It cannot do so earlier: the good nuts differ in brightness by a
+# third, and the limits are as wide as that makes them. The better you control the light, the sooner you see it
+# go. The score stays within its limits here: this detector bears the darker light. Charting both tells a
+# lamp that ages from a detector that suffers from it.
+#
+# ### The command
 #
 # `simplenet predict` writes the answer into a column, and warns if more than half of the photos
 # are unfamiliar. Make a folder `today`: a sharp nut with a fibre, and four good nuts out of focus. Then
@@ -699,11 +822,10 @@ for row in rows:
     score = float(row["score"])
     print(f"{Path(row['image']).as_posix():20}{score:8.2f}  {row['verdict']:11}{row['unfamiliar']}")
 
-# %%
+# %% tags=["hide-input"]
 assert done.exit_code == 0 and "do not trust" in done.stdout
 assert rows[0]["verdict"] == "anomalous"
 assert rows[0]["unfamiliar"] == "" and all("less sharp" in row["unfamiliar"] for row in rows[1:])
-print("OK: the command finds the fibre and warns of the four blurred photos")
 
 # %% [markdown]
 # ### From a program
@@ -750,7 +872,21 @@ print("OK: the command finds the fibre and warns of the four blurred photos")
 # operators there are and what they mean, a version number says, the {term}`opset`; ours is 18.
 #
 # `export_onnx` (command: `simplenet export nut-model`) sends an example through `Detector`,
-# writes down every operation, and stores the backbone's weights with them. Inside the graph are
+# writes down every operation, and stores the backbone's weights with them. Its heart is one call:
+#
+# ```python
+# program = torch.onnx.export(
+#     Detector(model).eval(),
+#     (torch.rand(2, 3, *config.seen),),  # an example; its first side is declared free below
+#     dynamo=True,
+#     opset_version=18,
+#     input_names=["pixels"],
+#     output_names=["map", "score"],
+#     dynamic_shapes={"pixels": {0: torch.export.Dim("N", min=1, max=1024)}},
+# )
+# ```
+#
+# Inside the graph are
 # normalisation, backbone, standardisation, heads, map and score. Outside stay reading the photo,
 # resizing and cropping. Outside stays also the question whether a photo is familiar: let
 # `simplenet predict` look at the photos of a day now and then.
@@ -776,7 +912,6 @@ for count in (1, 3):
     assert onnx_maps.shape == (count, 256, 256) and onnx_scores.shape == (count,)
     assert np.abs(onnx_maps - torch_maps.numpy()).max() < 1e-4
     assert np.abs(onnx_scores - torch_scores.numpy()).max() < 1e-4
-print("OK: ONNX Runtime and PyTorch agree within 0.0001")
 
 # %% tags=["nbval-ignore-output"]
 print(
@@ -839,41 +974,53 @@ print("OK: the same verdicts without PyTorch")
 # program resizes with another library, compare the scores first. Without
 # antialiasing, a large photo comes out grainy, and the detector takes the grain for a change.
 #
+# ### Golden photos
+#
+# From now on things will change around the model: a new version of a library, another computer, another
+# export, a repaired camera. Keep a few photos and their scores beside the model, good ones and defects, and ask
+# for them again at every release. If no score moves, nothing that matters has changed.
+
+# %%
+golden = {
+    sample.image: float(score) for sample, score in zip(test.samples, test_scores, strict=True)
+}
+golden = {path: golden[path] for path in [sample.image for sample in test.samples][::12]}
+moved = {path.name: abs(verdict(session, path)[0] - score) for path, score in golden.items()}
+print(len(golden), "golden photos; any score moved by more than 0.001:", max(moved.values()) > 1e-3)
+
+# %% [markdown]
+# (The stored scores came from cached features in {term}`half precision`, the new ones from the ONNX file. That
+# is why the tolerance is 0.001.) Photograph one golden *part* each morning as well: the file never ages,
+# lamp and lens do.
+#
 # ### How long does an image take?
 #
-# Both programs on this machine's processor, the median of three runs. These numbers are from one
+# A line that gives you 200 ms an image needs the slow ones to be fast enough, not the typical one. So
+# time images one by one and look at the slowest (of thousands, at the 99.9th percentile). These numbers are from one
 # machine at one moment; run the cell on the computer you mean to use.
 
 
 # %% tags=["nbval-ignore-output"]
-def with_pytorch(images: Tensor) -> None:
+def with_pytorch(image: Tensor) -> None:
     """PyTorch, one operation after the other."""
     with torch.inference_mode():
-        detector(images)
+        detector(image)
 
 
-def with_onnx(images: Tensor) -> None:
+def with_onnx(image: Tensor) -> None:
     """ONNX Runtime, the graph as a whole."""
-    session.run(None, {"pixels": images.numpy()})
+    session.run(None, {"pixels": image.numpy()})
 
 
-milliseconds = {}
-for program, run in (("PyTorch", with_pytorch), ("ONNX Runtime", with_onnx)):
-    for count in (1, 8):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            run(pixels[:count])
-            times.append(time.perf_counter() - start)
-        milliseconds[program, count] = 1000 * statistics.median(times) / count
 print(f"threads: PyTorch {torch.get_num_threads()}, ONNX Runtime up to {os.cpu_count()}")
-print(f"{'':14}batch of 1   batch of 8   (ms an image)")
-for program in ("PyTorch", "ONNX Runtime"):
-    print(f"{program:14}{milliseconds[program, 1]:10.0f}{milliseconds[program, 8]:13.0f}")
-
-# %%
-assert len(milliseconds) == 4 and all(value > 0 for value in milliseconds.values())
-print("OK: both programs measured at both batch sizes")
+print(f"{'ms an image':14}median   slowest of 20")
+for program, run in (("PyTorch", with_pytorch), ("ONNX Runtime", with_onnx)):
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        run(pixels[:1])
+        times.append(1000 * (time.perf_counter() - start))
+    print(f"{program:14}{np.median(times):6.0f}{max(times):16.0f}")
 
 # %% [markdown]
 # Nearly all of this time is the backbone's. The paper's 77 images a second, 13 ms an image, were
@@ -883,9 +1030,10 @@ print("OK: both programs measured at both batch sizes")
 #
 # ### A defect among the good photos
 #
-# Four scratched nuts slip into the folder, unnoticed among 54 good ones. Nothing complains: training
+# Four scratched nuts slip into the folder, unnoticed among the good ones. Nothing complains: training
 # takes them for normal. A single head shows it: one trained without them, one with them, both with a
-# threshold from the same six held-out nuts.
+# threshold from the same six held-out nuts. And as a control a third, with four *good* nuts of the test set
+# added instead, for any other training moves scores, too. Three seeds each.
 
 
 # %%
@@ -921,49 +1069,89 @@ def joined(features: Sequence[FeatureMaps], images: Sequence[Sequence[int]]) -> 
 
 
 scratched = np.flatnonzero(kinds == "scratch")
-slipped_in = scratched[:4]
-polluted = joined([nut_features, test_features], [range(60), slipped_in])
-held_out = np.flatnonzero(single == 0)
+good_ones = np.flatnonzero(labels == 0)
 HEAD = replace(CONFIG, heads=1)
+changes: dict[str, list[np.ndarray]] = {"four scratched nuts": [], "four good nuts": []}
+for seed in range(3):
+    folds = split_images(60, 1, seed)
+    margins = {}
+    added = {"nothing": [], "four scratched nuts": scratched[:4], "four good nuts": good_ones[:4]}
+    for name, extra in added.items():
+        scores = one_head(
+            joined([nut_features, test_features], [range(60), extra]),
+            np.append(folds, [-1] * len(extra)).astype(int),
+            replace(HEAD, seed=seed),
+        )
+        limit = threshold(torch.from_numpy(scores(nut_features[np.flatnonzero(folds == 0)])), 0)
+        margins[name] = scores(test_features[scratched]) - limit
+    for name, found in changes.items():
+        found.append(margins[name] - margins["nothing"])
 
-clean = one_head(nut_features, single, HEAD)
-spoilt = one_head(polluted, np.append(single, [-1] * 4), HEAD)
-before, after = (
-    scores(test_features[scratched])
-    - threshold(torch.from_numpy(scores(nut_features[held_out])), 0)
-    for scores in (clean, spoilt)
-)
-assert before[:4].mean() - after[:4].mean() > 0.2
-print("OK: the scratches that were trained on lose their scores")
-
-# %% mystnb={"image": {"alt": "Eight rows, one for each scratched nut, with an arrow from its score before to its score after. The upper four, which were in the folder, drop from above the threshold to below it. Of the lower four, the two that stood out lose score as well; the two near the threshold hardly move."}, "figure": {"caption": "Scores of eight scratched nuts, counted from the threshold: trained on good nuts alone (circles), and with the upper four among them (arrow heads).", "name": "fig-photos-intruders"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Two groups of dots, the change of the score of the first four scratched nuts and of the other four. With four scratched nuts in the folder, the first four lie mostly well below zero. With four good nuts instead, and for the other four scratches in both cases, the dots lie on both sides of zero."}, "figure": {"caption": "Change of score minus threshold of eight scratched nuts, three seeds, when four of them (left group) or four good nuts are trained on as normal.", "name": "fig-photos-intruders"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
-places = [*range(4), *range(5, 9)]
-for place, start, end in zip(places, before, after, strict=True):
-    arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
-    axis.annotate("", (end, place), (start, place), arrowprops=arrow)
-axis.plot(before, places, "o", color=DEFECT)
-axis.plot(after, places, ",", color="0.3")
-axis.margins(x=0.08)
-axis.axvline(0, color="black", linestyle="--", linewidth=1)
-axis.text(0.02, 9.2, "threshold", fontsize=9)
-axis.set_ylim(9.6, -0.7)
-axis.set_yticks([1.5, 6.5], ["in the folder", "not in it"])
-axis.tick_params(axis="y", length=0)
-axis.set_xlabel("image score - threshold")
-axis.set_title("What was among the good photos is normal from then on")
+spread = np.linspace(-0.1, 0.1, 12)
+for (name, found), side, colour in zip(
+    changes.items(), (-0.15, 0.15), (DEFECT, NORMAL), strict=True
+):
+    stacked = np.array(found)
+    for place, half in enumerate((stacked[:, :4], stacked[:, 4:])):
+        label = f"added: {name}" if place == 0 else None
+        axis.plot(place + side + spread, half.ravel(), "o", color=colour, label=label)
+        axis.plot(place + side + np.array([-0.12, 0.12]), [half.mean()] * 2, color="black")
+axis.axhline(0, color="0.6", linestyle=":")
+axis.set_xticks([0, 1], ["the four that may be in the folder", "the other four"])
+axis.set_ylabel("change of score - threshold")
+axis.legend(fontsize=8)
+axis.set_title("What was among the good photos tends to be normal from then on")
 plt.show()
 
+# %% tags=["nbval-ignore-output"]
+print("mean change over four nuts and three seeds (seed by seed)")
+for name, found in changes.items():
+    for group, some in (("these four", slice(0, 4)), ("the other four", slice(4, 8))):
+        means = [float(change[some].mean()) for change in found]
+        each = ", ".join(f"{value:+.2f}" for value in means)
+        print(f"added {name:20} {group:15}{statistics.mean(means):+.2f}   ({each})")
+
+# %% tags=["hide-input"]
+trained_on, control = (
+    np.mean([change[:4].mean() for change in found]) for found in changes.values()
+)
+assert trained_on < control - 0.2
+
 # %% [markdown]
-# Four photos in 58 are enough, and it does not take long: 100 steps of 512 positions are less than
-# one epoch of 58 x 1,024. The discriminator is told once that a scratch is normal, and believes it.
-# The other four nuts show how far this spreads: the scratches that stood out lose part of their
-# score as well.
+# The four that were trained on lose with every seed; with good nuts added instead they do not. Whether
+# other scratches suffer, too, these numbers do not show: they lose little, and in the control as well. It does not take long, either: 100 steps of 512 positions are less than
+# one epoch of 64 x 1,024.
 #
-# In the committee every photo is held out from a head. So a single scratched nut among the good ones
-# need not be trained on to do harm: where the highest score is the threshold, it sets it, and every
-# defect that looks fainter is missed. Of 60 photos the command's 5% leave two above the threshold, and one
-# intruder cannot set it alone.
+# #### Score each photo by heads that have not seen it
+#
+# To find intruders, do not simply run the finished detector on its own folder: there the photos trained on
+# have lost their scores. Every photo needs a head that has not seen it. That is what the committee's folds
+# are for: `calibrate` scores each photo by the heads of its fold, and `simplenet train` names the three
+# highest. Put the four among the 60 and look at their places, both ways.
+
+# %% tags=["nbval-ignore-output"]
+polluted = joined([nut_features, test_features], [range(60), scratched[:4]])
+folds = split_images(64, 5, CONFIG.seed)
+suspicious = SimpleNet(CONFIG, weights)
+fit(suspicious.heads, suspicious.standardise, polluted, folds, CONFIG, progress=False)
+unseen = calibrate(suspicious.eval(), polluted, folds)
+seen = image_score(cached_maps(suspicious, polluted, range(64))).numpy()
+for name, scores in (("by heads that have not seen it", unseen), ("by all heads", seen)):
+    places = sorted(int((scores > scores[60 + k]).sum()) + 1 for k in range(4))
+    print(f"{name:32}: the four intruders take the places {places} of 64")
+
+# %% tags=["hide-input"]
+assert sum((unseen > unseen[60 + k]).sum() < 13 for k in range(4)) >= 3
+
+# %% [markdown]
+# Look at the first dozen of such a list, not at three, and then train again without what you find: once the
+# clearest are out, fainter ones stand out.
+#
+# An intruder harms the threshold as well. Where the highest score is the threshold, one clear scratch sets it,
+# and every defect that looks fainter is missed. Of 60 photos the command's 5% leave two above the threshold, and
+# one intruder cannot set it alone.
 
 # %% tags=["nbval-ignore-output"]
 order = scratched[np.argsort(test_scores[scratched])]
@@ -973,16 +1161,7 @@ for name, intruder in (("faintest", order[0]), ("clearest", order[-1])):
     rest = test_scores[(labels == 1) & (np.arange(60) != intruder)]
     print(f"{name} scratch among them: finds {(rest > limit).mean():.0%} of the others")
 
-# %%
-assert (defects > test_scores[order[-1]]).mean() < (defects > 1).mean() - 0.2
-oddest = np.argsort(-trained.scores)[:3]
-assert math.isclose(trained.scores[oddest[0]], 1, abs_tol=1e-3)  # it is the threshold
-print("OK: one defect among the photos blinds the detector")
-
 # %% [markdown]
-# The remedy costs a minute. `simplenet train` names the three good photos with the highest scores. Look
-# at them.
-#
 # ### Photos that are nearly the same
 #
 # Somebody took 15 parts, four photos each, in bursts. Now the folder has 60 photos, and a single head
@@ -994,6 +1173,7 @@ print("OK: one defect among the photos blinds the detector")
 part = [position // 4 for position in range(60)]  # photos 0 to 3 show part 0, and so on
 burst = joined([nut_features], [part])
 of_burst = one_head(burst, single, replace(HEAD, steps=50))
+held_out = np.flatnonzero(single == 0)
 twins, new = of_burst(burst[held_out]), of_burst(nut_features[15:])
 rate_from_twins = float((new > twins.max()).mean())
 draws = np.random.default_rng(0)
@@ -1008,10 +1188,9 @@ print(
     f"threshold from six new parts:         {np.mean(rates):.0%} on average over all draws of six"
 )
 
-# %%
+# %% tags=["hide-input"]
 assert abs(np.mean(rates) - 1 / 7) < 0.02
 assert rate_from_twins > 2 * np.mean(rates)
-print("OK: twins make the threshold too low: more than twice the false alarms")
 
 # %% [markdown]
 # The formula promised one in seven. It assumed exchangeable photos, and these are not: a held-out
@@ -1019,23 +1198,6 @@ print("OK: twins make the threshold too low: more than twice the false alarms")
 # A committee is fooled in the same way: whatever fifth is left out, its twins are not.
 # Keep one photo of each burst.
 #
-# ### Three held-out photos
-#
-# The smallest folders get the smallest hold-out. What does the draw alone do, with nothing else
-# wrong? Take three of the 20 good test scores as the threshold's photos, count the alarms among the
-# other 17, and draw again.
-
-# %%
-draws = np.random.default_rng(0)
-rates = []
-for _ in range(2000):
-    shuffled = draws.permutation(good)
-    rates.append(float((shuffled[3:] > shuffled[:3].max()).mean()))
-assert abs(np.mean(rates) - 1 / 4) < 0.02
-assert np.quantile(rates, 0.1) < 0.1 and np.quantile(rates, 0.9) > 0.4
-print("OK: one false alarm in four on average, from hardly any to nearly half")
-
-# %% [markdown]
 # ## Exercises
 #
 # :::{exercise} easy: how many to hold out?
@@ -1084,7 +1246,8 @@ print(f"{rate:.2f}")
 # that `Drift` sees?
 #
 # **Expected result:** it sees all ten photos at x 0.7, but fewer than half at x 0.85, and none that
-# is out of focus.
+# is out of focus. It misses, and `Drift` sees: another focus, sensor noise, zoom and warmer
+# light.
 # :::
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
@@ -1144,9 +1307,13 @@ assert outside["out of focus"] == outside["as they are"] == 0
 #   no defect may be in it.
 # - The highest score of $n$ held-out photos gives $1/(n+1)$ false alarms on average, with a wide
 #   spread for small $n$; 59 photos promise at most 5%. Both assume exchangeable photos.
-# - Prices decide how many false alarms to accept. The threshold itself comes from good photos.
+# - Prices decide how many false alarms to accept. The threshold itself comes from good photos. Where defects
+#   are rare, most alarms are false: look at the base rate.
+# - What it misses, only damaged parts can tell: none of $n$ missed bounds the misses by $3 / n$.
+# - Score each photo of your folder by heads that have not seen it, and look at the first dozen.
 # - Light, sharpness and mean features notice a change of the whole picture, and no defect. They miss
-#   mild darkening and a shift, and they are a hint, not a test.
+#   mild darkening, which a chart of means a shift sees, and a shift of the part. Ask golden photos at every
+#   release.
 # - The ONNX file holds everything from pixels to score, where 1 is the threshold, agrees with PyTorch
 #   within 0.0001, and carries its sides along.
 #
