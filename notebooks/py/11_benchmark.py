@@ -346,8 +346,7 @@ Markdown(table(runs))
 # pixels are easy background (chapter 8). And *defects found* is the verdict at the model's own threshold. Where
 # the order of the images is good and yet many defects are missed, as on screw and on weld, the threshold is the
 # reason. It comes from good photos and does not know where the defects lie, and among the 29 photos of weld a
-# single odd one can set it. F1-max, which many
-# papers print, chooses its threshold on the test set instead:
+# single odd one can set it. F1-max, which many papers print, chooses its threshold on the test set instead:
 
 # %% tags=["nbval-ignore-output"]
 print("F1, mean over seeds    best threshold on the test set   the model's own")

@@ -572,7 +572,7 @@ costs = {
 best = {miss: int(np.argmin(values)) for miss, values in costs.items()}
 assert shares[best[10]] <= shares[best[100]] <= shares[best[1000]]
 
-# %% mystnb={"image": {"alt": "Three curves of cost against the accepted share of false alarms. For misses that cost 10 or 100 the curve is lowest at or near 0 and rises. For misses that cost 1000 it falls first; its lowest point lies further right."}, "figure": {"caption": "Expected cost of 1,000 nuts, 1% of them with a defect, in units of one false alarm. Rates from the test set, as an illustration; dots mark the lowest cost.", "name": "fig-photos-cost"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Three curves of cost against the accepted share of false alarms. For misses that cost 10 or 100 the curve is lowest at the left end or close to it and rises. For misses that cost 1000 it falls steeply, rises and falls again; its lowest point lies at the right end."}, "figure": {"caption": "Expected cost of 1,000 nuts, 1% of them with a defect, in units of one false alarm. Rates from the test set, as an illustration; dots mark the lowest cost.", "name": "fig-photos-cost"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
 for (miss, values), style in zip(costs.items(), (":", "--", "-"), strict=True):
     axis.plot(shares, values, style, color="0.2", label=f"a miss costs {miss:,}")
@@ -758,7 +758,7 @@ for name, values in (("grey level", np.array(levels)), ("score", trained.scores)
     half = 3 * values.std(ddof=1) / math.sqrt(10)
     limits_of[name] = (values.mean() - half, values.mean() + half)
 
-# %% mystnb={"image": {"alt": "Two charts over six shifts, the mean logarithm of the grey level and the mean score, with dashed limits. The grey level lies within its limits in the first two shifts, then falls steadily and leaves them; the score stays within its limits longer."}, "figure": {"caption": "Control charts: means of ten good nuts a shift, limits from the 60 good photos. From shift 3 on the lamp loses 5% a shift.", "name": "fig-photos-chart"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Two charts over six shifts, the mean logarithm of the grey level and the mean score, with dashed limits. The grey level lies within its limits in the first two shifts, then falls steadily and leaves them in the fifth; the score stays within its limits throughout."}, "figure": {"caption": "Control charts: means of ten good nuts a shift, limits from the 60 good photos. From shift 3 on the lamp loses 5% a shift.", "name": "fig-photos-chart"}} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8))
 for axis, (name, values) in zip(axes, chart.items(), strict=True):
     low, high = limits_of[name]
