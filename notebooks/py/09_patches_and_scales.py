@@ -17,16 +17,15 @@
 #
 # ## What you will learn
 #
-# - **Average** features over a neighbourhood in two ways: the library's and the published code's.
-# - **Predict** which channels and which cells of a window end up in one number, and verify it.
+# - **Average** features over a neighbourhood, before or after the layers are joined.
 # - **Join** three layers on one grid, and say what a position covers at a given image size.
 # - **Read** an {term}`ablation` with error bars, also where it speaks against a habit.
 # - **Build** the preset `paper` from its pieces, and work out what its training costs.
 #
 # ## Before you start
 #
-# You have read chapters 1 to 8, chapter 2 above all. About 25 minutes to read; runs in about a
-# minute on two CPU cores, no GPU needed.
+# You have read chapters 1 to 8, chapter 2 above all. Skim it in 15 minutes, work through it in 45;
+# it runs in about a minute on two CPU cores, no GPU needed.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
 # On Colab this installs the library; on your machine `make setup` has done so.
@@ -45,10 +44,9 @@ if importlib.util.find_spec("simplenet_lib") is None:
     subprocess.run(command, check=True)
 
 # %%
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from statistics import mean, stdev
+from dataclasses import asdict
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -60,21 +58,14 @@ from scipy import ndimage
 from torch import Tensor
 
 from simplenet_lib.benchmark import mean_and_deviation, measured_runs
-from simplenet_lib.config import Config, preset
+from simplenet_lib.config import preset
 from simplenet_lib.dataset import AnomalyDataset, make_transform
-from simplenet_lib.features import (
-    FeatureMaps,
-    FrozenFeatures,
-    Standardise,
-    cache_folder,
-    cached_features,
-)
+from simplenet_lib.features import FrozenFeatures, Standardise, cache_folder
 from simplenet_lib.localization import anomaly_map, image_score
 from simplenet_lib.metrics import image_metrics, pixel_metrics
 from simplenet_lib.model import Head, SimpleNet
 from simplenet_lib.plots import DEFECT, NORMAL, use_book_style
 from simplenet_lib.synthetic import generate
-from simplenet_lib.training import fit
 from simplenet_lib.weights import find_weights
 
 use_book_style()
@@ -102,9 +93,7 @@ ONE_HEAD = {
 #
 # A position looks mostly at its centre, as you saw in chapter 2. It is usual in the field to describe
 # it by a *patch* instead: by the 3 x 3 positions around it, the {term}`neighbourhood` of the
-# {term}`position`. There are two ways to make one vector of nine.
-#
-# ### The first way: average
+# {term}`position`. The simplest way to make one vector of nine is to average.
 #
 # Replace each number by the mean of the 3 x 3 numbers around it, each channel for itself. Take one
 # channel on a grid of 3 x 3 positions, with the numbers 1 to 9. The centre sees all nine: their
@@ -118,76 +107,11 @@ averaged = F.avg_pool2d(one_channel, 3, stride=1, padding=1, count_include_pad=F
 print(averaged[0, 0].numpy())
 
 # %% [markdown]
-# ### The second way: flatten and pool
-#
-# The published code does something else, call it {term}`flatten-and-pool`. It cuts out the window
-# of every position, in all channels: $C \cdot 9$ numbers. It writes them in one long row. Then it
-# averages *neighbours in this row* until as many numbers are left as it wants.
-#
-# Which numbers are neighbours in the row? That depends on the order in which they are written:
-# channel by channel, in each channel line by line. Take four channels, and a window in which line
-# $r$ of channel $c$ holds the number $10 c + r$ three times:
-
-# %%
-window = torch.tensor([[[10.0 * c + r] * 3 for r in range(3)] for c in range(4)])
-print("window:", tuple(window.shape))
-print("channel 1:")
-print(window[1].int().numpy())
-row = window.flatten()
-print("in one row:", row.int().tolist()[:15], "...", len(row), "numbers")
-
-# %% [markdown]
-# Average 36 numbers down to 12: three at a time, and three are just one line of the window. You
-# expect 0, 1, 2, 10, 11, 12 and so on. Then average these 12 down to 6, two at a time:
-#
-# - $(0 + 1)/2 = 0.5$: upper and middle line of channel 0.
-# - $(2 + 10)/2 = 6$: the *lower* line of channel 0 and the *upper* line of channel 1.
-# - $(11 + 12)/2 = 11.5$: middle and lower line of channel 1.
-#
-# And so on for channels 2 and 3. The second number mixes two channels that have nothing to do with
-# each other, except that they are stored side by side.
-
-# %%
-twelve = F.adaptive_avg_pool1d(row[None], 12)[0]
-six = F.adaptive_avg_pool1d(twelve[None], 6)[0]
-print(twelve.int().tolist())
-print(six.tolist())
-assert six.tolist() == [0.5, 6, 11.5, 20.5, 26, 31.5]
-
-# %% mystnb={"image": {"alt": "Four channels as blocks of three by three squares. Squares of one colour end up in one number. In channels 0 and 2 the two upper lines share a colour; the lower line shares its colour with the upper line of the next channel; the two lower lines of that channel share a third colour."}, "figure": {"caption": "The windows of four channels. Squares of one colour are averaged into one number, which is written beside them. The first way would make one number of each block.", "name": "fig-patches-toy"}} tags=["hide-input"]
-figure, axis = plt.subplots(figsize=(6.5, 2.6))
-palette = seaborn.color_palette("colorblind")
-colours = [palette[index] for index in (0, 1, 2, 4, 8, 9)]
-for line in range(12):
-    channel, r = divmod(line, 3)
-    for column in range(3):
-        axis.add_patch(
-            plt.Rectangle(
-                (4.6 * channel + column, 2 - r),
-                1,
-                1,
-                facecolor=(*colours[line // 2], 0.45),
-                edgecolor="white",
-            )
-        )
-        axis.text(
-            4.6 * channel + column + 0.5, 2.5 - r, f"{10 * channel + r}", ha="center", va="center"
-        )
-    if line % 2 == 1:
-        axis.text(4.6 * channel + 3.15, 2.5 - r, f"{six[line // 2]:g}", va="center", fontsize=9)
-for channel in range(4):
-    axis.text(4.6 * channel + 1.5, -0.5, f"channel {channel}", ha="center")
-axis.set(xlim=(-0.2, 18.2), ylim=(-0.9, 3.1), title="Flatten-and-pool mixes neighbouring channels")
-axis.set_aspect("equal")
-axis.axis("off")
-plt.show()
-
-# %% [markdown]
 # ## From the paper
 #
 # Section 3.1 of the paper {cite:p}`liu2023simplenet` describes each position by its neighbourhood
 # $\mathcal{N}_p(i, j)$ of $p \times p$ positions, $p = 3$ in the experiments, and aggregates it by
-# *adaptive average pooling*. Read as the first way:
+# *adaptive average pooling*. Read as a mean:
 #
 # $$
 # \bar φ_{i,j} = \frac{1}{|\mathcal{N}_p(i, j)|} \sum_{(a, b) \in \mathcal{N}_p(i, j)} φ_{a,b}
@@ -197,22 +121,18 @@ plt.show()
 # $\mathcal{N}_p$, and $|\mathcal{N}_p|$ counts only those inside. The step comes from PatchCore
 # {cite:p}`roth2022patchcore`.
 #
-# The published code reads the same words as the second way. Let $v$ be the row of $9C$ numbers
-# of one position; cells outside of the grid are 0. With $K = 1536$ numbers wanted and
-# $9C = q K$, the first pooling is
+# :::{admonition} The published code does something else
+# It reads the same words as {term}`flatten-and-pool`. It writes the $3 \times 3$ windows of all $C$
+# channels in one long row, channel by channel, $9C$ numbers. Then it averages *neighbours in this row*
+# until 1,536 are left, for layer2 and for layer3, stacks the two and pools once more. A layer2 number is
+# then the mean of six cells: two lines of a window. Every channel has three lines, so every third of these
+# numbers takes one line from each of two channels that only happen to be stored side by side. Both ways
+# end at `(N, 1536, 32, 32)`; nothing in a shape tells you which of them you have.
+# :::
 #
-# $$
-# a_k = \frac{1}{q} \sum_{t=0}^{q-1} v_{qk + t}, \qquad k = 0, \dots, K - 1
-# $$ (eq-flatten)
-#
-# The results of layer2 and layer3 stand one behind the other, $2 \cdot 1536 = 3072$ numbers, and
-# are pooled once more to 1536.
-#
-# Predict the shapes at 256 pixels. Layer2 is `(N, 512, 32, 32)`, its row has $512 \cdot 9 = 4608$
-# numbers, so $q = 3$: one line of a window, as in the toy. Layer3 is `(N, 1024, 16, 16)`, its row
-# has $9216$, so $q = 6$. Both ways end at `(N, 1536, 32, 32)`. Nothing in a shape tells you which
-# of them you have. (Here channels stand before rows and columns, as the backbone puts them out.
-# `FrozenFeatures` moves them to the end when all is joined: `(N, 32, 32, 1536)`.)
+# Shapes at 256 pixels: layer2 is `(N, 512, 32, 32)`, layer3 `(N, 1024, 16, 16)`. (Here channels stand
+# before rows and columns, as the backbone puts them out. `FrozenFeatures` moves them to the end when all
+# is joined: `(N, 32, 32, 1536)`.)
 #
 # ## Build it
 #
@@ -236,11 +156,10 @@ print({layer: tuple(output.shape) for layer, output in outputs.items()})
 layer2, layer3 = outputs["layer2"].contiguous(), outputs["layer3"].contiguous()
 
 # %% [markdown]
-# ### The first way
+# ### Average, then join, or the other way round
 #
-# Average each layer on its own grid, interpolate layer3 up, join along the channels. `FrozenFeatures`
-# of chapter 2 does the same in another order: it joins first and then averages, for layer3 over a
-# smaller part of the image.
+# Average each layer on its own grid, interpolate layer3 up, join along the channels: the paper's
+# order. `FrozenFeatures` of chapter 2 joins first and averages on the common grid then.
 
 
 # %%
@@ -255,7 +174,7 @@ def onto_grid(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def average_and_join(layer2: Tensor, layer3: Tensor, side: int = 3) -> Tensor:
-    """The first way: (N, 512, h, w) and (N, 1024, h/2, w/2) to (N, 1536, h, w)."""
+    """The paper's order: (N, 512, h, w) and (N, 1024, h/2, w/2) to (N, 1536, h, w)."""
     coarse = onto_grid(average_neighbourhood(layer3, side), layer2.shape[-2:])
     return torch.cat([average_neighbourhood(layer2, side), coarse], dim=1)
 
@@ -264,16 +183,8 @@ average = average_and_join(layer2, layer3)
 print(tuple(average.shape))
 
 # %% [markdown]
-# ### The second way
-#
-# `F.unfold` cuts out all windows and writes each as a row, channel by channel and line by line,
-# with zeros outside of the grid: `(N, C, h, w)` becomes `(N, 9C, h*w)`. Pooling runs along the last
-# dimension, so the rows have to go there.
-#
-# The published code interpolates layer3's windows onto layer2's grid and pools then. Here it is the
-# other way round, because 1,536 numbers a position are fewer than 9,216. Both steps are weighted
-# sums, one over positions and one along the row, so their order makes no difference; "Check it"
-# shows that.
+# And the published code's way, to compare with. `F.unfold` cuts out all windows and writes each as a
+# row, channel by channel and line by line, with zeros outside of the grid.
 
 
 # %%
@@ -290,192 +201,47 @@ def windows(maps: Tensor) -> Tensor:
 
 
 def flatten_and_pool(layer2: Tensor, layer3: Tensor, numbers: int = 1536) -> Tensor:
-    """The second way: (N, C2, h, w) and (N, C3, h/2, w/2) to (N, numbers, h, w)."""
+    """The published way: (N, C2, h, w) and (N, C3, h/2, w/2) to (N, numbers, h, w)."""
     fine = pool_vectors(windows(layer2), numbers)
     coarse = onto_grid(pool_vectors(windows(layer3), numbers), layer2.shape[-2:])
     return pool_vectors(torch.cat([fine, coarse], dim=1), numbers)
 
 
 flattened = flatten_and_pool(layer2, layer3)
-print("windows of layer2:", tuple(windows(layer2).shape))
-print("windows of layer3:", tuple(windows(layer3).shape))
 print("both ways:", tuple(average.shape), tuple(flattened.shape))
 
 # %% [markdown]
-# ### What ends up in one number
-#
-# Follow the two poolings. Number lines instead of single cells: line $r$ of channel $c$ is line
-# $3c + r$ of the row.
-#
-# | | cells in a number after the first pooling | after the second | numbers |
-# |---|---|---|---|
-# | layer2, 512 channels | 3: one line | 6: two lines | 0 to 767 |
-# | layer3, 1,024 channels | 6: two lines | 12: four lines | 768 to 1535 |
-#
-# The second pooling takes the numbers two by two, and 1,536 is even: no number mixes layer2 with
-# layer3. But within a layer channels mix. So line $3c + r$ goes to number
-#
-# - $\lfloor (3c + r) / 2 \rfloor$ for layer2, with weight $\frac16$ for each cell,
-# - $768 + \lfloor (3c + r) / 4 \rfloor$ for layer3, with weight $\frac1{12}$ for each cell.
-#
-# Two predictions for channel 100, whose lines are 300, 301 and 302:
-#
-# - **Layer2.** Upper and middle line go to number 150. The lower line goes to 151, together with
-#   the upper line of channel 101.
-# - **Layer3.** $300, 301, 302$ divided by 4 are all 75: the whole window goes to number 843, and
-#   the fourth line is the upper one of channel 101.
-#
-# Now light a single position of layer2's channel 100, at row 10, column 10. Which positions see it
-# in their upper or middle line? Those whose window has row 10 on top (row 11) or in the middle (row
-# 10). So number 150 lights up in rows 10 and 11, number 151 in row 9, both in columns 9 to 11. With
-# a light of 6 and the weight $\frac16$ you expect ones. For layer3, light the same channel and see
-# which number answers.
-
-# %%
-spike = torch.zeros(1, 512, 32, 32)
-spike[0, 100, 10, 10] = 6
-nothing = torch.zeros(1, 1024, 16, 16)
-lit = flatten_and_pool(spike, nothing)[0]
-numbers = lit.flatten(1).any(dim=1).nonzero().flatten().tolist()
-print("numbers that light up:", numbers)
-for number in numbers:
-    rows, columns = (sorted(set(places.tolist())) for places in lit[number].nonzero().T)
-    print(f"{number}: rows {rows}, columns {columns}, highest {lit[number].max():.2f}")
-assert numbers == [150, 151]
-
-spike3 = torch.zeros(1, 1024, 16, 16)
-spike3[0, 100, 5, 5] = 12
-lit = flatten_and_pool(torch.zeros(1, 512, 32, 32), spike3)[0]
-print("layer3's channel 100 lights up:", lit.flatten(1).any(dim=1).nonzero().flatten().tolist())
-
-# %% [markdown]
-# So flatten-and-pool is three things at once:
-#
-# - It averages along a line: left and right of a position are lost, as in the first way.
-# - It does *not* average over all three lines: some numbers look up, others down. That is more than
-#   a mean knows.
-# - It mixes neighbouring channels, and which are neighbours is an accident of the
-#   pretrained network.
-#
-# One more effect is easy to miss. Layer2 has 512 of 1,536 channels in the first way and 768 of
-# 1,536 in the second: flatten-and-pool gives it more weight.
-#
 # ## Check it
 #
-# The first way against SciPy: `uniform_filter` divides by nine everywhere and takes zeros outside.
-# Filter a map of ones as well, and the quotient counts only the cells inside. And the same average,
-# taken after joining, against the library, which does the whole way from the image.
+# The average against SciPy: `uniform_filter` divides by nine everywhere and takes zeros outside.
+# Filter a map of ones as well, and the quotient counts only the cells inside. The same average,
+# taken after joining, against the library. And flatten-and-pool at one position, written out.
 
-# %%
+# %% tags=["hide-input"]
 inside = ndimage.uniform_filter(np.ones((1, 1, 32, 32)), (1, 1, 3, 3), mode="constant")
 by_scipy = ndimage.uniform_filter(layer2.double().numpy(), (1, 1, 3, 3), mode="constant") / inside
 library = FrozenFeatures("resnet50", ("layer2", "layer3"), weights, neighbourhood=3)
-assert np.abs(average[:, :512].numpy() - by_scipy).max() < 1e-4
 joined = torch.cat([layer2, onto_grid(layer3, layer2.shape[-2:])], dim=1)
-after = average_neighbourhood(joined)
-assert (library(images).permute(0, 3, 1, 2) - after).abs().max() < 1e-3
+differences = {
+    "from SciPy's filter": np.abs(average[:, :512].numpy() - by_scipy).max(),
+    "joined first, from the library": (
+        library(images).permute(0, 3, 1, 2) - average_neighbourhood(joined)
+    )
+    .abs()
+    .max()
+    .item(),
+    "flatten-and-pool, from one window written out": np.abs(
+        flattened[0, :768, 9, 9].numpy()
+        - layer2[0, :, 8:11, 8:11].numpy().reshape(768, 6).mean(axis=1)
+    ).max(),
+}
+assert max(differences.values()) < 1e-3
 assert averaged.flatten().tolist() == [3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7]
-print("OK: the first way equals SciPy's filter, and after joining the library")
-
-# %% [markdown]
-# The second way against a plain loop: cut out one window at a time, reshape, take the mean. Layer3
-# is enlarged with the quarters and three quarters of chapter 2. And the other order: interpolate
-# the windows first and pool afterwards, as the published code does, on a part of the channels.
-
-
-# %%
-def pooled_by_loop(maps: np.ndarray, numbers: int) -> np.ndarray:
-    """Windows of (C, h, w), each reshaped to ``numbers`` groups and averaged."""
-    channels, height, width = maps.shape
-    padded = np.zeros((channels, height + 2, width + 2))
-    padded[:, 1:-1, 1:-1] = maps
-    result = np.zeros((numbers, height, width))
-    for i in range(height):
-        for j in range(width):
-            result[:, i, j] = padded[:, i : i + 3, j : j + 3].reshape(numbers, -1).mean(axis=1)
-    return result
-
-
-index = np.arange(32)
-nearer = index // 2
-farther = (nearer + np.where(index % 2 == 0, -1, 1)).clip(0, 15)
-fine = pooled_by_loop(layer2[0].numpy(), 1536)
-coarse = pooled_by_loop(layer3[0].numpy(), 1536)
-coarse = 0.75 * coarse[:, nearer] + 0.25 * coarse[:, farther]
-coarse = 0.75 * coarse[..., nearer] + 0.25 * coarse[..., farther]
-by_loop = np.concatenate([fine, coarse]).reshape(1536, 2, 32, 32).mean(axis=1)
-assert np.abs(flattened[0].numpy() - by_loop).max() < 1e-4
-
-some = layer3[:1, :64]
-pooled_last = pool_vectors(onto_grid(windows(some), (32, 32)), 96)
-pooled_first = onto_grid(pool_vectors(windows(some), 96), (32, 32))
-assert (pooled_last - pooled_first).abs().max() < 1e-4
-print("OK: the second way equals a plain loop, in either order of pooling and interpolation")
-
-# %% [markdown]
-# Is it true that only the second way tells up from down? Mirror the maps at their diagonal. If
-# a way treats rows and columns alike, its result is mirrored as well.
-
-# %%
-mirrored = (layer2.transpose(2, 3), layer3.transpose(2, 3))
-for name, way in (("average", average_and_join), ("flatten-and-pool", flatten_and_pool)):
-    difference = (way(*mirrored) - way(layer2, layer3).transpose(2, 3)).abs().max()
-    print(f"{name:17}rows and columns alike: {bool(difference < 1e-3)}")
+for name, difference in differences.items():
+    print(f"largest difference {name}: {'below' if difference < 1e-3 else 'above'} 0.001")
 
 # %% [markdown]
 # ## What it does
-#
-# ### To a channel of a nut
-#
-# {numref}`fig-patches-channel` shows one channel of layer2, the one that varies most on a nut with
-# a fibre among the even ones: for an even channel $c$, number $\frac32 c$ holds the upper two lines
-# of this channel alone, and the next number mixes it with channel $c + 1$.
-
-# %% mystnb={"image": {"alt": "A photo of a hex nut and four square maps of 32 by 32 positions. The raw channel has a bright, sharp spot at the right edge of the hole. The averaged channel shows the same spot, softer. The pure number of flatten-and-pool looks much like the averaged one. In the mixed number the spot is faint and the background has changed."}, "figure": {"caption": "One channel of layer2 on a nut with a fibre: raw, averaged over 3 x 3, and two numbers that flatten-and-pool makes of it. One colour scale.", "name": "fig-patches-channel"}} tags=["hide-input"]
-channel = 2 * int(layer2[0, ::2].flatten(1).std(dim=1).argmax())
-number = 3 * channel // 2
-panels = {
-    "image": plt.imread(test.samples[shown].image),
-    "raw": layer2[0, channel],
-    "averaged": average[0, channel],
-    "pooled, pure": flattened[0, number],
-    "pooled, mixed": flattened[0, number + 1],
-}
-figure, axes = plt.subplots(1, 5, figsize=(7.5, 2.1))
-for axis, (name, picture) in zip(axes, panels.items(), strict=True):
-    if name == "image":
-        axis.imshow(picture)
-    else:
-        axis.imshow(picture, cmap="viridis", vmin=0, vmax=float(layer2[0, channel].max()))
-    axis.set_title(name, fontsize=9)
-    axis.set_xticks([])
-    axis.set_yticks([])
-figure.suptitle("Averaging softens a channel; pooling also mixes it with the next", fontsize=10)
-plt.show()
-
-# %% [markdown]
-# How much does averaging take away? Nine *independent* numbers have a mean with a ninth of their
-# variance, 11%. Neighbouring positions are not independent: their receptive fields overlap almost
-# entirely. Measure the share of the variance that is left, averaged over the channels, on a
-# normal nut:
-
-# %%
-left = {}
-for layer, maps in (("layer2", layer2), ("layer3", layer3)):
-    before = maps[1].flatten(1).var(dim=1)
-    after = average_neighbourhood(maps)[1].flatten(1).var(dim=1)
-    left[layer] = float(after.sum() / before.sum())
-assert all(2 / 9 < share < 0.8 for share in left.values())
-print("OK: far more than a ninth of the variance is left, in both layers")
-
-# %% tags=["nbval-ignore-output"]
-for layer, share in left.items():
-    print(f"{layer}: {share:.0%} of the variance is left")
-
-# %% [markdown]
-# Much of what averaging could smooth out is smooth already.
-#
-# ### To an anomaly map
 #
 # Do such features find defects better? First a judge that needs no training, so that no training
 # can blur the answer: the distance to the nearest normal feature, as in chapter 2. Standardise,
@@ -483,40 +249,35 @@ for layer, share in left.items():
 # as in chapter 8. The draw is random, so make three. `anomaly_map` takes 0 for what is normal, and
 # distances lie far above it; so subtract their median first, one number for all images.
 #
-# The raw layers need not pass the backbone again. The cache of chapter 7 holds layer2 as it is, and
-# layer3 interpolated from 16 to 32 positions a side. Interpolation along one side is a matrix $U$
-# with 32 rows and 16 columns. Sixteen numbers became 32 without anything new, so you can go back,
-# with the pseudo-inverse of $U$:
-
-# %%
-U = F.interpolate(torch.eye(16)[:, None], 32, mode="linear", align_corners=False)[:, 0].T
-back = torch.linalg.pinv(U)
-print("U:", tuple(U.shape), "its rank:", int(torch.linalg.matrix_rank(U)))
-restored = back @ onto_grid(layer3, (32, 32)) @ back.T
-assert (restored - layer3).abs().max() < 1e-3
-print("OK: layer3 comes back; interpolating up adds positions, not detail")
+# Twenty normal images are 20,480 vectors: enough to standardise and to draw from.
 
 # %% tags=["nbval-ignore-output"]
-CONFIG = preset("fast", **{**ONE_HEAD, "resize": 256, "crop": 256})
-model = SimpleNet(CONFIG, weights)
-normal_cached = cached_features(model.features, normal, model.feature_key(), progress=False)
-test_cached = cached_features(model.features, test, model.feature_key(), progress=False)
 labels = np.array([sample.label for sample in test.samples])
 masks = [test[index]["mask"].numpy() for index in range(len(test))]
+
+
+def raw_layers(dataset: AnomalyDataset, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Layer2 and layer3 of the first images, four at a time, in half precision."""
+    batches = []
+    for start in range(0, count, 4):
+        stacked = torch.stack([dataset[index]["image"] for index in range(start, start + 4)])
+        with torch.no_grad():
+            maps = three_layers.extractor(stacked)
+        batches.append((maps["layer2"].half(), maps["layer3"].half()))
+    return batches
+
+
+raw_normal, raw_test = raw_layers(normal, 20), raw_layers(test, len(test))
 
 
 # %%
 Way = Callable[[Tensor, Tensor], Tensor]
 
 
-def aggregated(cached: Sequence[np.ndarray], way: Way) -> np.ndarray:
-    """Undo the joining of cached features (n, 32, 32, 1536) and join them in another way."""
-    batches = []
-    for start in range(0, len(cached), 4):
-        maps = torch.from_numpy(cached[start : start + 4]).float().permute(0, 3, 1, 2)
-        joined = way(maps[:, :512], back @ maps[:, 512:] @ back.T)
-        batches.append(joined.half().permute(0, 2, 3, 1).numpy())
-    return np.concatenate(batches)
+def aggregated(batches: list[tuple[Tensor, Tensor]], way: Way) -> np.ndarray:
+    """Features (n, 32, 32, 1536) by one way of joining."""
+    joined = [way(fine.float(), coarse.float()) for fine, coarse in batches]
+    return torch.cat(joined).half().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def nearest_normal(normal: np.ndarray, test: np.ndarray, draws: int = 3, size: int = 300) -> Tensor:
@@ -544,17 +305,17 @@ ways: dict[str, Way] = {
 found: dict[str, list[dict[str, float]]] = {}
 one_map = {}
 for name, way in ways.items():
-    # Twenty normal images are 20,480 vectors: enough to standardise, and faster.
-    distances = nearest_normal(aggregated(normal_cached[:20], way), aggregated(test_cached, way))
-    maps = [anomaly_map(draw - draw.median(), CONFIG.crop, CONFIG.smoothing) for draw in distances]
+    distances = nearest_normal(aggregated(raw_normal, way), aggregated(raw_test, way))
+    maps = [anomaly_map(draw - draw.median(), 256, 5.0) for draw in distances]
     found[name] = [
         image_metrics(labels, image_score(m).numpy()) | pixel_metrics(masks, list(m.numpy()))
         for m in maps
     ]
     one_map[name] = distances[0, shown]
-print({name: len(draws) for name, draws in found.items()})
+
 
 # %% tags=["nbval-ignore-output"]
+print("mean ± deviation over three draws of the normal vectors")
 print(f"{'nut':18}image AUROC   pixel AUROC   AUPRO")
 for name, draws in found.items():
     line = [
@@ -563,17 +324,12 @@ for name, draws in found.items():
     ]
     print(f"{name:18}" + "  ".join(f"{text:12}" for text in line))
 
-# %%
-typical = {
-    key: {name: mean(draw[key] for draw in draws) for name, draws in found.items()}
-    for key in ("image_auroc", "pixel_auroc", "aupro")
-}
-areas = typical["image_auroc"]
+# %% tags=["hide-input"]
+aupro = {name: mean(draw["aupro"] for draw in draws) for name, draws in found.items()}
+areas = {name: mean(draw["image_auroc"] for draw in draws) for name, draws in found.items()}
 assert max(areas.values()) - min(areas.values()) < 0.12
-assert typical["aupro"]["5 x 5"] < typical["aupro"]["3 x 3"] - 0.01
-assert typical["pixel_auroc"]["3 x 3"] > typical["pixel_auroc"]["none"]
-assert typical["aupro"]["flatten-and-pool"] < typical["aupro"]["none"] + 0.02
-print("OK: 3 x 3 raises pixel AUROC, 5 x 5 lowers AUPRO, flatten-and-pool is no better than none")
+assert aupro["5 x 5"] < aupro["3 x 3"] - 0.01
+assert aupro["flatten-and-pool"] < aupro["3 x 3"]
 
 # %% mystnb={"image": {"alt": "A photo of a nut with a thin red fibre and four maps of 32 by 32 squares. Without a neighbourhood the map is speckled, with a narrow bright spot on the fibre. With 3 by 3 the spot is wider, with 5 by 5 it is a broad blob. Flatten-and-pool looks like the first, but with a dark frame."}, "figure": {"caption": "Distance to the nearest normal feature on a nut with a fibre, before smoothing, in four ways. Each map from its own lowest to its own highest value: distances of different features have no common scale.", "name": "fig-patches-maps"}} tags=["hide-input"]
 figure, axes = plt.subplots(1, 5, figsize=(7.5, 2.1))
@@ -589,11 +345,31 @@ figure.suptitle("The wider the neighbourhood, the wider the defect", fontsize=10
 plt.show()
 
 # %% [markdown]
-# For this judge 3 x 3 pays a little on nut: pixel AUROC rises by more than the draws differ. Its
-# image AUROC changes by no more than they do. 5 x 5 is too wide for these defects: AUPRO falls.
-# Flatten-and-pool does no better than no neighbourhood at all. That is one product, one judge and
-# one image size. Replace `"nut"` by `"cloth"` where the data is loaded, and see what stays.
+# Against no neighbourhood 3 x 3 raises pixel AUROC and AUPRO by one to two points, several times what
+# the draws differ by; image AUROC changes by less than the draws do. 5 x 5 is too wide for these defects:
+# AUPRO falls below that without a neighbourhood. Flatten-and-pool loses: eight or nine points of image
+# AUROC and two of AUPRO against no neighbourhood at all. Its map has a dark frame, since its windows hold
+# zeros outside of the grid; whether that is what it pays for, this comparison does not say.
 #
+# That is one product, one judge and one image size. Replace `"nut"` by `"cloth"` where the data is
+# loaded, and see what stays.
+#
+# How much can averaging smooth out at all? Nine *independent* numbers have a mean with a ninth of
+# their variance, 11%. Neighbouring positions are not independent: their receptive fields overlap almost
+# entirely. Measure the share of the variance that is left, over all channels, on a normal nut:
+
+# %% tags=["nbval-ignore-output"]
+left = {}
+for layer, layer_maps in (("layer2", layer2), ("layer3", layer3)):
+    before = layer_maps[1].flatten(1).var(dim=1)
+    after = average_neighbourhood(layer_maps)[1].flatten(1).var(dim=1)
+    left[layer] = float(after.sum() / before.sum())
+    print(f"{layer}: {left[layer]:.0%} of the variance is left")
+
+# %% tags=["hide-input"]
+assert all(2 / 9 < share < 0.8 for share in left.values())
+
+# %% [markdown]
 # ## More layers
 #
 # Nothing restricts you to two layers. Take three, `("layer2", "layer1", "layer3")`. The first one
@@ -621,38 +397,19 @@ for extractor in (layer2_first, three_layers):
             < 1e-3
         )
         assert (features[0, ..., :512] - layer2[0].permute(1, 2, 0)).abs().max() < 1e-3
-print("OK: layer1 is averaged down in blocks of 2 x 2")
 
 # %% [markdown]
-# The neighbourhood is taken after averaging down and before interpolating up. So 3 x 3 means
-# different sizes in pixels: positions of layer2, and of layer1 averaged down, lie 8 pixels apart,
-# so their windows are 24 pixels wide; those of layer3 lie 16 apart, 48 pixels.
+# The library takes the neighbourhood at the end, on the common grid. So 3 x 3 are 24 pixels for every
+# layer. Layer3's own positions lie 16 pixels apart, and such a window still touches three of them a
+# side: those of the grid before, on and after the middle are interpolated between them.
 #
-# The {term}`receptive field` grows less than you may think. Averaging is one more layer with kernel
-# 3 and stride 1, so {eq}`eq-receptive` of chapter 2 adds $2j$. With the stride in `conv2`, that is
-# $91 + 2 \cdot 8 = 107$ for layer2 and $267 + 2 \cdot 16 = 299$ for layer3; with the stride in
-# `conv1`, $99 + 16 = 115$ and $291 + 32 = 323$.
-
-
-# %%
-def receptive_field(stage: int, strides: str, side: int) -> int:
-    """Pixels that one position of a layer sees after averaging over side x side positions."""
-    r, j = 11, 4  # after the first convolution and the pooling
-    for number, blocks in enumerate((3, 4, 6)[:stage], start=1):
-        for block in range(blocks):
-            step = 2 * j if number > 1 and block == 0 else j
-            r += 2 * (step if strides == "conv1" else j)
-            j = step
-    return r + (side - 1) * j
-
-
-for strides in ("conv2", "conv1"):
-    sides = [receptive_field(stage, strides, side) for stage in (2, 3) for side in (1, 3)]
-    print(f"stride in {strides}: layer2 {sides[0]} to {sides[1]}, layer3 {sides[2]} to {sides[3]}")
-assert receptive_field(2, "conv2", 3) == 107 and receptive_field(3, "conv1", 3) == 323
-
-# %% [markdown]
+# The {term}`receptive field` therefore grows by two steps $j$ of each layer's own grid, as if the
+# average were one more convolution with kernel 3 in {eq}`eq-receptive` of chapter 2. With the stride in
+# `conv2`, that is $91 + 2 \cdot 8 = 107$ for layer2 and $267 + 2 \cdot 16 = 299$ for layer3; with the
+# stride in `conv1`, $99 + 16 = 115$ and $291 + 32 = 323$.
+#
 # ## Larger images
+
 #
 # The network does not ask how large an image is. The stem, layer1 and layer2 together divide the
 # side by 8, whatever it is. Predict the grid for 224, 256, 288, 320 and 448 pixels: 28, 32, 36,
@@ -711,13 +468,18 @@ plt.show()
 # Features for an experiment are cheap to change; whether a change pays is for test sets to say. The
 # library comes with measured runs: the one head of these chapters, `ONE_HEAD`, with one change at a
 # time, on three sets, with three {term}`seeds <seed>` each, the network as it is after the last
-# step. They were made with the first edition of the library, whose default was this head; this
-# notebook only reads them.
+# step. They are from the first edition of the library, whose default was this head; of today's default
+# they say nothing.
 #
 # - `bottle`: MVTec AD, the complete official split, at 448 pixels.
 # - `grid`: MVTec AD, but the normal test images were missing, and 21 images taken out of the
 #   training set stand in for them. These numbers cannot be compared with published ones.
 # - `weld`: grey photos of battery welds, with only 29 normal images to train on.
+#
+# One yardstick first. The same seed leaves out the same images in every variant, so compare *seed by
+# seed*: nine differences, three sets times three seeds. If a change did nothing, each would be below 0
+# or above 0 by the toss of a coin, and all nine on one side happen in 2 of 512 such experiments.
+# Chapter 10 adds intervals.
 
 # %% tags=["nbval-ignore-output"]
 VARIANTS = {
@@ -740,82 +502,85 @@ def values_of(variant: str, category: str, metric: str) -> list[float]:
     ]
 
 
-for metric in ("image_auroc", "pixel_auroc", "aupro"):
-    print(f"{metric:24}" + "".join(f"{category:>14}" for category in SETS))
-    for variant, label in VARIANTS.items():
-        line = [values_of(variant, category, metric) for category in SETS]
-        texts = [mean_and_deviation(values) if values else "-" for values in line]
-        print(f"{label:24}" + "".join(f"{text:>14}" for text in texts))
-    print()
+def signs(variant: str, metric: str) -> tuple[int, int]:
+    """In how many of nine pairs a variant lies below one head, and above."""
+    below = above = 0
+    for category in SETS:
+        pairs = zip(
+            values_of(variant, category, metric),
+            values_of("one head", category, metric),
+            strict=True,
+        )
+        for value, default in pairs:
+            below, above = below + (value < default), above + (value > default)
+    return below, above
 
-# %% mystnb={"image": {"alt": "Three panels of dots with error bars, differences from one head in percentage points: image AUROC on bottle, grid and weld, AUPRO on bottle and grid, AUPRO on weld. In image AUROC error bars overlap or nearly do. In AUPRO the dots of 3 x 3 and of 256 pixels lie below the first dot of every group."}, "figure": {"caption": "Each variant minus the mean of one head, in percentage points. Bars: standard deviation over three seeds. The first dot of a group is one head itself.", "name": "fig-patches-ablation"}} tags=["hide-input"]
+
+print("mean ± deviation over three seeds; last column: of nine pairs, below / above one head")
+for metric in ("image_auroc", "pixel_auroc", "aupro"):
+    print(f"\n{metric:14}" + "".join(f"{category:>14}" for category in SETS))
+    for variant, label in VARIANTS.items():
+        texts = [mean_and_deviation(values_of(variant, category, metric)) for category in SETS]
+        pairs = "" if variant == "one head" else "{} / {}".format(*signs(variant, metric))
+        print(f"{label:14}" + "".join(f"{text:>14}" for text in texts) + f"{pairs:>9}")
+
+# %% mystnb={"image": {"alt": "Three panels of dots, differences to one head of the same seed in percentage points: image AUROC on bottle, grid and weld, AUPRO on bottle and grid, AUPRO on weld. In image AUROC the dots lie on both sides of zero. In AUPRO all nine dots of 3 x 3 lie below it."}, "figure": {"caption": "Each variant minus one head of the same seed, in percentage points: one dot a seed.", "name": "fig-patches-ablation"}} tags=["hide-input"]
 panels = (
     ("image_auroc", "image AUROC", SETS),
     ("aupro", "AUPRO", SETS[:2]),
     ("aupro", "AUPRO", SETS[2:]),
 )
-colours = ["0.4", palette[2], palette[4], palette[1]]
+palette = seaborn.color_palette("colorblind")
+colours = [palette[2], palette[4], palette[1]]
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 3.4), width_ratios=(3, 2, 1))
 for axis, (metric, title, categories) in zip(axes, panels, strict=True):
     for place, category in enumerate(categories):
-        zero = mean(values_of("one head", category, metric))
-        for number, (variant, colour) in enumerate(zip(VARIANTS, colours, strict=True)):
-            values = [100 * (value - zero) for value in values_of(variant, category, metric)]
-            if values:
-                x, style = place + (number - 1.5) * 0.18, {"fmt": "o", "capsize": 3}
-                axis.errorbar(x, mean(values), stdev(values), color=colour, **style)
-    axis.axhline(0, color="0.8", zorder=0)
+        default = np.array(values_of("one head", category, metric))
+        for number, variant in enumerate(list(VARIANTS)[1:]):
+            differences = 100 * (np.array(values_of(variant, category, metric)) - default)
+            x = place + (number - 1) * 0.22 + np.array([-0.04, 0, 0.04])
+            axis.plot(x, differences, "o", color=colours[number], markersize=5)
+    axis.axhline(0, color="0.7", zorder=0)
     axis.set_xlim(-0.5, len(categories) - 0.5)
     axis.set_xticks(range(len(categories)), categories)
     axis.set_title(title, fontsize=10)
 axes[0].set_ylabel("difference (percentage points)")
-for label, colour in zip(VARIANTS.values(), colours, strict=True):
+for label, colour in zip(list(VARIANTS.values())[1:], colours, strict=True):
     axes[0].plot([], [], "o", color=colour, label=label)
-figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-figure.suptitle("Image AUROC stays within the spread over seeds; AUPRO less so", fontsize=11)
+figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+figure.suptitle("3 x 3 costs AUPRO with every seed; image AUROC hardly notices", fontsize=11)
 plt.show()
 
-# %%
-for category in SETS:
-    for variant in VARIANTS:
-        for metric, slack in (("image_auroc", 0.03), ("pixel_auroc", 0.05)):
-            values = values_of(variant, category, metric)
-            if values:
-                assert abs(mean(values) - mean(values_of("one head", category, metric))) < slack
-    averaged = mean(values_of("neighbourhood of 3", category, "aupro"))
-    assert averaged < mean(values_of("one head", category, "aupro")) + 0.005
-print("OK: image AUROCs within 3 points of one head; with 3 x 3 AUPRO is no higher")
+# %% tags=["hide-input"]
+assert signs("neighbourhood of 3", "aupro") == (9, 0)
+for variant in VARIANTS:
+    for category in SETS:
+        average_here = mean(values_of(variant, category, "image_auroc"))
+        assert abs(average_here - mean(values_of("one head", category, "image_auroc"))) < 0.03
 
 # %% [markdown]
-# Read the table against its own error bars.
-#
-# - **Image AUROC.** No row is clearly better or worse than one head: the differences are about as large
-#   as the deviations over three seeds, or smaller.
-# - **Layer1.** It raises AUPRO a little on grid, within the deviation, and lowers it on the other two.
-#   The paper's own ablation, transcribed here from secondary sources, finds layers 1 to 3 no better
-#   than 2 and 3 (image AUROC 99.1 against 99.6).
-# - **Neighbourhood.** 3 x 3 lowers AUPRO on all three sets, each time by more than the deviation.
-# - **Image size.** From 320 to 256 pixels AUPRO falls on bottle and grid by more than the deviation.
+# - **Image AUROC.** No row lies on one side of one head in more than five of nine pairs, and no
+#   mean differs by more than two points.
+# - **Neighbourhood.** 3 x 3 lowers AUPRO in nine of nine pairs, on average by 1 to 3 points, and pixel
+#   AUROC in seven.
+# - **Layer1.** Six pairs below, three above: nothing to see. The paper's own ablation finds layers 1
+#   to 3 no better than 2 and 3 (image AUROC 99.1 against 99.6, see chapter 10 for where that number
+#   comes from).
+# - **Image size.** At 256 pixels AUPRO falls in every pair on bottle and grid, by about two points; weld
+#   is divided. (The smoothing stays at 5 pixels of the smaller image, which is wider on the part, so this
+#   row changes two things.)
 #
 # The row 3 x 3 is a surprise. Averaging is a habit of the field, it is in the paper, and
-# the judge that needs no training gained pixel AUROC from it on nut. Why might it not pay here?
-# Three possible reasons, none of which these runs prove:
+# the judge that needs no training gained pixel AUROC from it on nut. Possible reasons, which these
+# runs do not decide between: distances to stored vectors, where the habit comes from, suffer from jitter
+# that a trained discriminator can learn to ignore; and the map is smoothed anyway, so small defects
+# pay twice. With another loss, a committee and other widths it may be different again: today's default
+# averages over 3 x 3.
 #
-# - The habit comes from detectors that measure distances to stored vectors, like that judge.
-#   Distances suffer from jitter. A discriminator is trained, and may learn to ignore it.
-# - The anomaly map is smoothed anyway, with $σ_M = 5$ pixels. Averaging before and after does a
-#   similar thing twice, and small defects pay twice.
-# - Neighbouring features are alike already. Averaging them changes less than the 3 x 3 suggests.
+# One warning. These rows were also looked at when the head was chosen, and whoever chooses on test sets
+# has used them up, as chapter 1 shows: other data would have to confirm it.
 #
-# And what does it *not* say? Three sets, three seeds, one backbone, one image size: on other
-# products, on smaller images or with other training it may be different. An earlier default of this
-# library had layer1, 3 x 3 and a head twice as wide. Runs like these showed no gain from the first two
-# and a small one from the third (chapter 10), and so this head became the cheaper one. To be cheaper
-# is a fact that needs no test set. To be *as good* was seen on these three, and whoever chooses on test
-# sets has used them up, as chapter 1 shows: other data would have to confirm it. Today's default, a
-# committee of heads with another loss, averages over 3 x 3 again; of that these runs say nothing.
 
-# %% [markdown]
 # ## Preset `paper`, from the pieces
 #
 # You now have every piece of the published setting. The library keeps it as preset `paper`. Which
@@ -871,7 +636,8 @@ def parameters(head: Head) -> int:
     return sum(parameter.numel() for parameter in head.parameters())
 
 
-one_head = Head(1536, preset("fast", **ONE_HEAD))
+compared = {"paper": preset("paper"), "one head": preset("fast", **ONE_HEAD)}
+one_head = Head(1536, compared["one head"])
 print(f"trained numbers: paper {parameters(paper.heads[0]):,}, one head {parameters(one_head):,}")
 assert parameters(paper.heads[0]) == 2_360_832 + 1_573_888 + 2_048 + 1_024
 
@@ -886,63 +652,32 @@ assert parameters(paper.heads[0]) == 2_360_832 + 1_573_888 + 2_048 + 1_024
 #
 # That is a factor of 10.5. The backward pass adds about twice as much to both. And `paper` sees
 # $4320 \cdot 10368$ positions where the one head sees $100 \cdot 2048$: a factor of 219. Together
-# about 2,300.
-
-
-# %%
-def work(config: Config) -> int:
-    """Multiplications of all forward passes of a training."""
-    adaptor = 1536 * config.adaptor_channels
-    discriminator = (config.adaptor_channels + 1) * config.hidden_channels
-    return config.steps * config.batch_size * (adaptor + 2 * discriminator)
-
-
-ratio = work(preset("paper")) / work(preset("fast", **ONE_HEAD))
-print(f"paper / one head: {ratio:.0f}")
-
-# %% [markdown]
-# Then measure the ratio: the processor time of a few steps on 1,024 positions with each of the two,
-# scaled to all positions and steps. The features may be random here; multiplying takes the same
-# time. And multiply with how long a training of one head took in the measured runs, on two cores.
-
+# about 2,300. A training of one head took some seconds on two cores in the measured runs:
 
 # %% tags=["nbval-ignore-output"]
-def processor_seconds(config: Config) -> float:
-    """Processor time of a whole training, from four steps on a small piece of it."""
-    piece = replace(config, steps=4, batch_size=1024, standardise=False)
-    generator = np.random.default_rng(0)
-    maps = generator.normal(size=(5, 32, 32, 1536)).astype(np.float16)
-    features = FeatureMaps(list(maps), np.zeros((5, 1), np.float32), [""] * 5)
-    folds = np.array([0, -1, -1, -1, -1])  # the first image is left out
-    heads, standardise = [Head(1536, piece)], Standardise(1536)
-    fit(heads, standardise, features, folds, replace(piece, steps=1), progress=False)  # warm up
-    started = time.process_time()
-    fit(heads, standardise, features, folds, piece, progress=False)
-    seconds = (time.process_time() - started) / (piece.steps * piece.batch_size)
-    return seconds * config.steps * config.batch_size
-
-
-one_head_config = preset("fast", **ONE_HEAD)
-measured_ratio = processor_seconds(preset("paper")) / processor_seconds(one_head_config)
+adaptor = {name: 1536 * config.adaptor_channels for name, config in compared.items()}
+discriminator = {
+    name: (config.adaptor_channels + 1) * config.hidden_channels
+    for name, config in compared.items()
+}
+work = {
+    name: config.steps * config.batch_size * (adaptor[name] + 2 * discriminator[name])
+    for name, config in compared.items()
+}
+ratio = work["paper"] / work["one head"]
+assert round(ratio, -2) == 2300
 seconds = mean(run["seconds_training"] for run in measured_runs("first"))
-print(f"counted ratio:  {ratio:.0f}")
-print(f"measured ratio: {measured_ratio:.0f}")
-print(f"training one head, measured runs:  {seconds:.0f} s")
-print(f"training with paper, worked out:   {measured_ratio * seconds / 3600:.1f} hours")
-
-# %%
-assert 0.4 * ratio < measured_ratio < 2.5 * ratio
-assert measured_ratio * seconds > 3600
-print("OK: the measured ratio is close to the counted one; paper takes hours")
+print(
+    f"one head: {seconds:.0f} s measured; paper: {ratio * seconds / 3600:.0f} hours by this count"
+)
 
 # %% [markdown]
 # This is the training of the head alone; both presets compute their features once. The published
-# code has no cache and computes them anew in every epoch, which comes on top.
+# code has no cache and computes them anew in every epoch, which comes on top. It is a count, not a
+# measurement: this book has no result of preset `paper` trained to its end. The command is the one for
+# every preset, `simplenet train --preset paper`, and a GPU is the place for it.
 #
-# So to be plain: we have not trained `paper` to its end, and this book has no measured result
-# for it. The command is the one for every preset, `simplenet train --preset paper`, and a GPU is
-# the place for it.
-#
+
 # ## What can go wrong
 #
 # ### Zeros counted at the border
@@ -964,12 +699,11 @@ print(F.avg_pool2d(level, 3, stride=1, padding=1)[0, 0].int().numpy())
 
 # %%
 counted = F.avg_pool2d(layer2, 3, stride=1, padding=1)
-border = torch.ones(32, 32, dtype=torch.bool)
-border[1:-1, 1:-1] = False
-share = float(counted[..., border].mean() / average[:, :512][..., border].mean())
-assert 0.55 < share < 0.75
-assert torch.allclose(counted[..., ~border], average[:, :512][..., ~border], atol=1e-4)
-print("OK: at the border features keep about two thirds, elsewhere all")
+frame = torch.ones(32, 32, dtype=torch.bool)
+frame[1:-1, 1:-1] = False
+for name, places in (("frame", frame), ("elsewhere", ~frame)):
+    share = float(counted[..., places].mean() / average[:, :512][..., places].mean())
+    print(f"{name:10} mean of layer2, padding counted, over padding left out: {share:.1f}")
 
 # %% [markdown]
 # Training may learn to live with it, since every normal image has the same frame. But
@@ -998,22 +732,6 @@ assert float(averaged_first.max()) < float(joined_first.max())
 # %% [markdown]
 # Neither is wrong in itself. But a detector trained with one and used with the other is, and no
 # error tells you.
-#
-# ### Another order in the row
-#
-# Write the row window by window instead of channel by channel: all channels of the first cell, then
-# all of the second. Three neighbours are then three *channels* in one *cell*. Predict for the
-# toy window: the first cell of the four channels holds 0, 10, 20, 30, and the second cell
-# the same. The first number is $(0 + 10 + 20)/3 = 10$, the second $(30 + 0 + 10)/3 = 13.33$.
-
-# %%
-other_row = window.permute(1, 2, 0).flatten()
-other = F.adaptive_avg_pool1d(other_row[None], 12)[0]
-print("channel by channel:", twelve.round(decimals=2).tolist()[:4])
-print("cell by cell:      ", [round(value, 2) for value in other.tolist()[:4]])
-
-# %% [markdown]
-# Same shape, other features. One `permute` in the wrong place is enough.
 #
 # ### A small defect in a large neighbourhood
 #
@@ -1101,60 +819,30 @@ assert mixed == 1024
 print("numbers that mix two channels:", mixed)
 
 # %% [markdown]
-# :::{exercise} hard: flatten-and-pool without windows
-# :label: ex-patches-lines
-#
-# `F.unfold` makes nine numbers of each. But the first thing that happens to them is a mean over the
-# three cells of a line. Write flatten-and-pool without `unfold`: average each line first
-# (`F.avg_pool2d` with a kernel of `(1, 3)`), then stack every line with the one above and the
-# one below, then pool once. Compare with `flatten_and_pool`.
-#
-# **Expected result:** equal to within 0.001; the longest row has 3,072 numbers instead of 9,216.
-# :::
-
-# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
-# @title Solution
-
-
-def lines_of_windows(maps: Tensor) -> Tensor:
-    """The mean of each line of each window, zeros outside: (N, C, h, w) to (N, 3C, h, w)."""
-    height = maps.shape[2]
-    lines = F.avg_pool2d(maps, (1, 3), stride=1, padding=(0, 1))  # zeros counted, as in a window
-    padded = F.pad(lines, (0, 0, 1, 1))
-    return torch.stack([padded[:, :, r : r + height] for r in range(3)], dim=2).flatten(1, 2)
-
-
-longest = lines_of_windows(layer3)
-fine = pool_vectors(lines_of_windows(layer2), 768)  # two lines a number
-coarse = onto_grid(pool_vectors(longest, 768), (32, 32))  # four lines a number
-assert (torch.cat([fine, coarse], dim=1) - flattened).abs().max() < 1e-3
-assert longest.shape[1] == 3072 == windows(layer3).shape[1] // 3
-print(f"equal; the longest row has {longest.shape[1]:,} numbers")
-
-# %% [markdown]
 # ## Quiz
 #
-# **1. Flatten-and-pool and averaging both give 1,536 numbers a position. You train with one and
-# predict with the other. What tells you?**
+# **1. With 3 x 3, AUPRO changes by −1.7 ± 1.5 points on bottle, −1.0 ± 3.6 on grid and −3.4 ± 8.7 on
+# weld (95% intervals over three seeds). Two of the three intervals include 0. Is there an effect?**
 #
 # <details>
 # <summary>Answer</summary>
 #
-# Nothing does. Shapes, types and ranges agree, and no error is raised; only the scores are
-# worthless, since the numbers mean something else. That is why a checkpoint has to say how its
-# features are made. In the library the configuration with layers, neighbourhood and image size is
-# part of the file.
+# Very likely. An interval from three differences is wide, and each set alone says little. But all nine
+# differences are negative, which a coin does in 2 of 512 experiments. (With fifteen variants and three
+# measures you toss that coin 45 times, so expect it by chance in about one book of six.) Whether the
+# effect matters is another question: image AUROC, the verdict, does not move.
 #
 # </details>
 #
-# **2. Why is the neighbourhood of layer3 averaged before layer3 is interpolated, not after?**
+# **2. Your photos have 4,000 pixels a side and the scratches are 4 pixels wide. You raise `resize` from
+# 256 to 512. What does it cost, and does it find them?**
 #
 # <details>
 # <summary>Answer</summary>
 #
-# So that 3 x 3 means 3 x 3 positions of layer3, 48 pixels of the image. After
-# interpolation neighbours are half as far apart, and most of what lies between them was made by
-# interpolation: the window would be 24 pixels wide and average what is nearly equal anyway.
+# It costs four times the backbone's work and four times the positions. At 256 a scratch is a quarter of
+# a pixel wide, at 512 half a pixel: still hardly there. Take photos closer up, or cut each into tiles
+# that keep the scratch some pixels wide. No network finds what resizing has averaged away.
 #
 # </details>
 #
@@ -1173,17 +861,16 @@ print(f"equal; the longest row has {longest.shape[1]:,} numbers")
 #
 # ## Summary
 #
-# - A neighbourhood turns a position into a patch. Averaging does it per channel;
-#   flatten-and-pool averages along a row of numbers, and so mixes lines of the window and
-#   neighbouring channels.
+# - A neighbourhood turns a position into a patch. The library averages each channel; the published
+#   code averages along a row of numbers, and so mixes neighbouring channels.
 # - The first layer sets the grid. Finer layers are averaged down, coarser ones interpolated up,
 #   and interpolation adds no detail.
 # - A position covers the same number of pixels at any image size; a larger image makes the part
 #   larger, and the work with the square of its side.
-# - Measured on three sets: image AUROC stays within the spread over seeds, whatever layers and
-#   neighbourhood are; a neighbourhood of 3 x 3 lowers AUPRO.
-# - Preset `paper` is the same pieces with other numbers. Its training costs about two thousand times
-#   that of one head here, and has not been measured to its end.
+# - Measured with one head on three sets: no choice of layers, neighbourhood or size moves image AUROC
+#   by more than two points; a neighbourhood of 3 x 3 lowers AUPRO in nine of nine pairs.
+# - Preset `paper` is the same pieces with other numbers. By a count of multiplications its training
+#   costs about 2,300 times that of one head here; it has not been measured to its end.
 #
 # ## References
 #
