@@ -43,7 +43,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", source]
     subprocess.run(command, check=True)
 
-# %%
+# %% tags=["hide-cell"]
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import mean

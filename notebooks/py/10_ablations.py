@@ -45,7 +45,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", source]
     subprocess.run(command, check=True)
 
-# %%
+# %% tags=["hide-cell"]
 import math
 import statistics
 from collections.abc import Sequence

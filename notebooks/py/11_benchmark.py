@@ -46,7 +46,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", source]
     subprocess.run(command, check=True)
 
-# %%
+# %% tags=["hide-cell"]
 import json
 import math
 import os

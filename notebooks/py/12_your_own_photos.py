@@ -44,7 +44,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", source]
     subprocess.run(command, check=True)
 
-# %%
+# %% tags=["hide-cell"]
 import contextlib
 import csv
 import io
@@ -420,7 +420,7 @@ assert (defects > third).mean() >= (defects > 1).mean() > 0.5
 # category a number of photos is drawn at random, and of these a tenth is held out, at least one. All
 # of it is repeated with three seeds. `nut` is synthetic, `bottle` is from {term}`MVTec AD`.
 
-# %%
+# %% tags=["hide-input"]
 runs = measured_runs("first_photos")
 names = list(dict.fromkeys(run["category"] for run in runs))
 curves: dict[str, dict[int, list[dict]]] = {name: {} for name in names}
@@ -428,7 +428,7 @@ for run in runs:
     curves[run["category"]].setdefault(run["photos"], []).append(run)
 curves = {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 print(f"{'':8}{'photos':>7}{'held out':>10}{'image AUROC':>16}{'false alarms':>16}{'found':>12}")
 for name, curve in curves.items():
     for count, group in curve.items():
@@ -482,8 +482,8 @@ for name, curve in curves.items():
 # toy. The points of nut scatter around it; those of bottle lie at or above it throughout, so its training
 # and test photos are probably not quite exchangeable.
 #
-# Read the last column of the table with care. Five photos find nearly all defects. It is no merit:
-# with such a threshold about half of the good parts are called anomalous as well.
+# (Five photos find nearly all defects. It is no merit: with such a threshold about half of the good parts
+# are called anomalous as well.)
 #
 # So there are two answers. For the training, a few dozen photos that show all normal variation go a
 # long way. For the threshold, count the photos that are held out. The next section says how many.
@@ -541,7 +541,7 @@ plt.show()
 # alarms and misses 1 in 10 defects: 99 alarms and 1 miss. Threshold B gives 1% and misses half:
 # 9.9 alarms, 5 misses. A false alarm costs 1. If a miss costs 10, A costs $99 + 10 = 109$ and
 # B $9.9 + 50 = 59.9$: choose B. If a miss costs 100, A costs $199$ and B $509.9$: choose A.
-# The same two detectors, the same errors; the prices decide {cite:p}`elkan2001foundations`.
+# The prices decide {cite:p}`elkan2001foundations`.
 
 
 # %%
@@ -802,7 +802,7 @@ for name, values in chart.items():
 # are unfamiliar. Make a folder `today`: a sharp nut with a fibre, and four good nuts out of focus. Then
 # run the command.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 (here / "today").mkdir()
 fibres = np.flatnonzero(kinds == "fibre")
 fibre = test.samples[int(fibres[0])].image
@@ -1036,7 +1036,7 @@ for program, run in (("PyTorch", with_pytorch), ("ONNX Runtime", with_onnx)):
 # added instead, for any other training moves scores, too. Three seeds each.
 
 
-# %%
+# %% tags=["hide-input"]
 def one_head(
     features: FeatureMaps, folds: np.ndarray, config: Config
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
@@ -1105,7 +1105,7 @@ axis.legend(fontsize=8)
 axis.set_title("What was among the good photos tends to be normal from then on")
 plt.show()
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 print("mean change over four nuts and three seeds (seed by seed)")
 for name, found in changes.items():
     for group, some in (("these four", slice(0, 4)), ("the other four", slice(4, 8))):
@@ -1153,7 +1153,7 @@ assert sum((unseen > unseen[60 + k]).sum() < 13 for k in range(4)) >= 3
 # and every defect that looks fainter is missed. Of 60 photos the command's 5% leave two above the threshold, and
 # one intruder cannot set it alone.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 order = scratched[np.argsort(test_scores[scratched])]
 print(f"threshold from good photos: finds {(defects > 1).mean():.0%} of the defects")
 for name, intruder in (("faintest", order[0]), ("clearest", order[-1])):
