@@ -17,7 +17,7 @@ def test_default_finds_synthetic_defects(
 ) -> None:
     monkeypatch.setenv("SIMPLENET_CACHE", str(tmp_path / "cache"))
     data = generate(
-        tmp_path / "data", categories=("nut",), train=20, test_good=8, test_per_defect=2
+        tmp_path / "data", categories=("nut",), train=40, test_good=8, test_per_defect=2
     )
     # The default, but for half of its steps: more of them change little here.
     normal, test, config = datasets(data, "nut", preset("fast", steps=200))
@@ -27,7 +27,7 @@ def test_default_finds_synthetic_defects(
     # A detector that learned nothing has 0.5; the per-pixel baseline stays below 0.80.
     assert metrics["image_auroc"] > 0.95
     assert metrics["pixel_auroc"] > 0.95
-    # Every defect is above the threshold, and none is taken for other light, focus or product.
+    # From 40 photos on one odd photo cannot set the threshold. Every defect is above it, and none is taken for other light, focus or product.
     assert all(p.anomalous for p in predictions if p.sample.label)
     assert not any(p.unfamiliar for p in predictions)
     history = trained.history
