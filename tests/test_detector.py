@@ -27,7 +27,8 @@ def test_default_finds_synthetic_defects(
     # A detector that learned nothing has 0.5; the per-pixel baseline stays below 0.80.
     assert metrics["image_auroc"] > 0.95
     assert metrics["pixel_auroc"] > 0.95
-    # From 40 photos on one odd photo cannot set the threshold. Every defect is above it, and none is taken for other light, focus or product.
+    # From 40 photos on one odd photo cannot set the threshold. Every defect is above it, and
+    # none is taken for other light, focus or product.
     assert all(p.anomalous for p in predictions if p.sample.label)
     assert not any(p.unfamiliar for p in predictions)
     history = trained.history
