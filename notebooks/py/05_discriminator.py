@@ -23,8 +23,8 @@
 #
 # ## Before you start
 #
-# You have read chapters 1 to 4: frozen features, the adaptor, noise in feature space. About 20
-# minutes to read, 45 to work through; runs in under a minute on two CPU cores, no GPU needed.
+# You have read chapters 1 to 4: frozen features, the adaptor, noise in feature space. About 30
+# minutes to read, 50 to work through; runs in under a minute on two CPU cores, no GPU needed.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
 # On Colab this installs the library; on your machine `make setup` has done so.

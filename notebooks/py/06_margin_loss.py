@@ -23,7 +23,7 @@
 #
 # ## Before you start
 #
-# You have read [The discriminator](05_discriminator.ipynb). About 20 minutes to read, 45 to work
+# You have read [The discriminator](05_discriminator.ipynb). About 30 minutes to read, 50 to work
 # through; runs in under a minute on two CPU cores, no GPU needed.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
