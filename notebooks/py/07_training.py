@@ -638,8 +638,8 @@ assert committee > aurocs.mean()
 # has shown nothing. And the best of the three is not your result: you would have chosen it by looking at
 # the test set.
 #
-# The mean map is better than the mean of the seeds: where two heads extrapolate differently (chapter 5),
-# their errors partly cancel. Longer training does not do that. In the measurement above one head stays at
+# The mean map is better than the mean of the seeds, probably because two heads extrapolate differently
+# (chapter 5) and their errors partly cancel. Longer training does not do that. In the measurement above one head stays at
 # 0.97 from 200 to 1,500 steps, and the mean of three at 0.99. That is why the library's default is a
 # committee.
 #
@@ -691,8 +691,8 @@ assert sweep[1.0, 8.0][0] < 0.05 and sweep[1.0, 8.0][1] < sweep[1.0, 0.5][1]
 #
 # This book began with a course report on SimpleNet, the preset `course`: features not standardised, no
 # BatchNorm, the margin loss, $σ = 0.015$. The report leaves open on which scale its adaptor starts. The
-# preset starts at a twentieth. Train it, and the same with the usual start (here 400 steps of 512
-# positions; the preset has 1,000 of 1,024):
+# preset starts at a twentieth. Train it for 400 steps of 512 positions (the preset has 1,000 of 1,024),
+# and 200 steps with the usual start:
 
 # %%
 COURSE = preset("course", resize=256, crop=256, steps=400, batch_size=512)
@@ -724,8 +724,9 @@ plt.show()
 
 # %% [markdown]
 # With the small start the loss is still falling after 400 steps, and the detector works; with the usual
-# one nothing is learned. Nor does the small start help if the adaptor keeps the published learning rate:
-# its first steps undo it (measured once, 400 steps: loss 0.96, AUROC 0.57). The published code reaches its
+# one nothing is learned. Nor does the small start help if the adaptor keeps the published learning rate
+# (measured once, 400 steps: loss 0.96, AUROC 0.57). Probably its first steps undo the start: Adam moves a
+# weight by about $10^{-4}$ a step, and these weights are about 0.0016 in size. The published code reaches its
 # results at 0.015 with a square adaptor, which crushes some directions until noise shows there (chapter
 # 4), and with 4,320 steps of 10,368 positions.
 #
