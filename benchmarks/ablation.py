@@ -155,9 +155,14 @@ def run_baseline(folder: Path, name: str, config: Config) -> dict[str, object]:
     }
 
 
+def write(path: Path, found: dict[str, object]) -> None:
+    """Write one result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
 def main(folders: list[Path], seeds: tuple[int, ...] = (0,)) -> None:
     """Run every variant and baseline on every folder with every seed."""
-    OUTPUT.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         for name in (*BASELINES, *VARIANTS):
             for seed in seeds:
@@ -165,7 +170,7 @@ def main(folders: list[Path], seeds: tuple[int, ...] = (0,)) -> None:
                 if not path.is_file():
                     run = run_baseline if name in BASELINES else run_variant
                     found = run(folder, name, preset("fast", seed=seed, **VARIANTS.get(name, {})))
-                    path.write_text(json.dumps(found, indent=2) + "\n")
+                    write(path, found)
 
 
 if __name__ == "__main__":

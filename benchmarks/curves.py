@@ -10,13 +10,12 @@ is the result; what the others show of the test images must not choose one of th
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from ablation import report
+from ablation import report, write
 
 from simplenet_lib.benchmark import datasets
 from simplenet_lib.config import preset
@@ -87,12 +86,6 @@ def over_steps(name: str, folders: list[Path], seed: int = 0) -> None:
             found = report(folder, name, seed, test, maps)
             loss = history.loss[-100:].mean().item()
             write(path, {"steps": steps, "loss": loss, **found})
-
-
-def write(path: Path, found: dict[str, object]) -> None:
-    """Write one result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from simplenet_lib.features import digest_of_images
 from simplenet_lib.localization import (
     Prediction,
     Result,
+    has_both_kinds,
     mask_note,
     metrics_of,
     predict,
@@ -178,7 +179,7 @@ def datasets(
 
 def can_be_evaluated(test: AnomalyDataset | None) -> bool:
     """Whether there are test images with and without a defect."""
-    return test is not None and {sample.label for sample in test.samples} == {0, 1}
+    return test is not None and has_both_kinds(test.samples)
 
 
 def run(
@@ -262,8 +263,13 @@ def digest_of(samples: Sequence[Sample]) -> str:
         if sample.mask is not None and sample.mask.is_dir():
             masks = image_files(sample.mask)
         digests.append(sample.defect)
-        digests += [hashlib.sha256(read_file(path)).hexdigest() for path in (sample.image, *masks)]
+        digests += map(_digest, (sample.image, *masks))
     return digest_of_images(digests)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of an image file; one that cannot be read is named."""
+    return hashlib.sha256(read_file(path)).hexdigest()
 
 
 def is_trained(path: Path, normal: ImageFiles, config: Config, weights: Path | None) -> bool:
@@ -289,8 +295,8 @@ def is_trained(path: Path, normal: ImageFiles, config: Config, weights: Path | N
         if trained[name] != value
     ]
     if not differences:
-        digests = [hashlib.sha256(read_file(s.image)).hexdigest() for s in normal.samples]
-        if metadata.get("images") != digest_of_images(digests):
+        images = digest_of_images(_digest(sample.image) for sample in normal.samples)
+        if metadata.get("images") != images:
             differences.append("other images")
         if metadata.get("weights") != find_weights(config.backbone, weights).digest:
             differences.append("other pretrained weights")
@@ -351,8 +357,7 @@ def recalibrate(
     SimpleNetError
         If a photo cannot be read, it was trained on just these, or they do not differ.
     """
-    digests = [hashlib.sha256(read_file(photo)).hexdigest() for photo in photos]
-    if model.images == digest_of_images(digests):
+    if model.images == digest_of_images(map(_digest, photos)):
         raise SimpleNetError(
             f"the {len(photos)} photos are those the model was trained on: it knows them, and the"
             " threshold would be too low. Take others."

@@ -466,11 +466,16 @@ def evaluate(
     return metrics_of(predictions), predictions
 
 
+def has_both_kinds(samples: Sequence[Sample]) -> bool:
+    """Whether there are images with and without a defect."""
+    return {sample.label for sample in samples} == {0, 1}
+
+
 def check_both_kinds(samples: Sequence[Sample]) -> None:
     """Refuse a test split without normal images or without defects: no metric is defined."""
-    labels = {sample.label for sample in samples}
-    if len(labels) < 2:
-        missing = "normal images (test/good)" if labels == {1} else "images with a defect"
+    if not has_both_kinds(samples):
+        defects = any(sample.label for sample in samples)
+        missing = "normal images (test/good)" if defects else "images with a defect"
         raise SimpleNetError(f"the test split holds no {missing}: nothing to evaluate against.")
 
 

@@ -277,10 +277,13 @@ def write_evaluation(
 ) -> list[Prediction]:
     """Write one line for each test image; returns the wrong verdicts, worst first."""
     lines = [_line(("image", "kind", "score", "verdict", "right", "unfamiliar"))]
+    wrong = []
     for prediction in predictions:
         sample = prediction.sample
         verdict = "anomalous" if prediction.anomalous else "normal"
-        right = "yes" if prediction.anomalous == bool(sample.label) else "no"
+        right = prediction.anomalous == bool(sample.label)
+        if not right:
+            wrong.append(prediction)
         unlike = ", ".join(prediction.unfamiliar)
         lines.append(
             _line(
@@ -289,13 +292,12 @@ def write_evaluation(
                     cell_of(Path(sample.defect)),
                     f"{prediction.score:.6g}",
                     verdict,
-                    right,
+                    "yes" if right else "no",
                     unlike,
                 )
             )
         )
     write_whole(path, BOM + b"".join(lines))
-    wrong = [p for p in predictions if p.anomalous != bool(p.sample.label)]
     return sorted(wrong, key=lambda prediction: -abs(prediction.score - threshold))
 
 
