@@ -5,6 +5,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.13 python3.12; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/ready
+# What the pages run in the browser, and the browser that tests them; node comes with .venv.
+PAGES := node_modules/.package-lock.json
+NPM := PATH="$(CURDIR)/$(BIN):$$PATH" npm --no-audit --no-fund --ignore-scripts --loglevel=error
 
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR \
@@ -29,6 +32,9 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
+
+$(PAGES): package.json package-lock.json $(READY)
+	$(NPM) ci
 
 # Every notebook runs once more, beside the committed one: what a reader sees must still run.
 # --all: Sphinx shows the warnings of a page only when it reads that page anew.
@@ -76,12 +82,13 @@ repository: ## write the repository's address everywhere: URL=https://github.com
 
 # torch 2.13 is avoided on purpose: next to some of its files torchvision cannot be imported.
 # To move every other package to its newest version, delete requirements.lock first.
-lock: ## write requirements.lock anew from pyproject.toml
+lock: ## write requirements.lock and package-lock.json anew
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	printf 'torch==2.15.0\ntorchvision==0.29.2\n' | $(BIN)/uv pip compile pyproject.toml \
 		--extra dev --constraint - --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+	$(NPM) install --package-lock-only --omit-lockfile-registry-resolved
 
 clean: ## remove the rendered book and the tools' caches (not .venv, not data/)
 	rm -rf _build build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -79,11 +79,12 @@ def test_lock_holds_every_package_within_its_range(declared: dict[str, str]) -> 
     assert locked["torchvision"] == {Version("0.29.2")}
 
 
-def test_lock_names_no_address() -> None:
+def test_locks_name_no_address() -> None:
     text = (ROOT / "requirements.lock").read_text()
     assert "://" not in text
     assert " @ " not in text
     assert not re.search(r"^\s*-(?!-hash=)", text, flags=re.MULTILINE)
+    assert "://" not in (ROOT / "package-lock.json").read_text()
 
 
 def test_citation_names_the_current_version() -> None:
