@@ -464,10 +464,30 @@ def measured_runs(kind: str = "") -> list[dict[str, Any]]:
         first edition's default, one head, ``"first"``, ``"first_ablation"``,
         ``"first_steps"`` and ``"first_photos"``.
     """
-    # An installed library carries them inside; in a checkout they lie beside it.
+    return read_runs(_results() / kind)
+
+
+def scoreboard() -> tuple[list[int], dict[str, list[float]]]:
+    """Labels of the 60 test nuts, and every detector's image scores of them.
+
+    The detectors come in the order in which the book builds them; the file is written by
+    ``benchmarks/scoreboard.py``.
+
+    Examples
+    --------
+    >>> labels, scores = scoreboard()
+    >>> len(labels), sum(labels), list(scores)[0]
+    (60, 40, 'pixel statistics')
+    """
+    board = json.loads((_results() / "nuts" / "scoreboard.json").read_text())
+    return board["labels"], board["scores"]
+
+
+def _results() -> Path:
+    """The folder of measured runs: inside an installed library, in a checkout beside it."""
     package = Path(__file__).parent
     inside = package / "results"
-    return read_runs((inside if inside.is_dir() else package.parent / "results") / kind)
+    return inside if inside.is_dir() else package.parent / "results"
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
