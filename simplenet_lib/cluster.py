@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -28,14 +29,16 @@ from tqdm import tqdm
 from simplenet_lib.benchmark import Job, Splits
 from simplenet_lib.config import SimpleNetError
 from simplenet_lib.dataset import SUFFIXES, image_files, is_system, passed_over
-from simplenet_lib.features import cache_folder, cached_features
+from simplenet_lib.features import FEATURE_BATCH, cache_folder, cached_features
 from simplenet_lib.localization import Source, results
 from simplenet_lib.model import SimpleNet, check_writable, checkpoint_in
 from simplenet_lib.outputs import PredictionFolder
 from simplenet_lib.weights import find_weights
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it is imported
+# Ray reads these when it is imported: it shall send nothing, and not warn of its own workings.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 try:
     import fsspec
     import pyarrow as pa
@@ -87,8 +90,11 @@ def connected(address: str) -> Iterator[None]:
         known = {name: os.environ[name] for name in names if name in os.environ}
         options = {"runtime_env": {"env_vars": known}}
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if host and port.isdecimal():  # Ray itself would knock for minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise SimpleNetError(
             f"no Ray at '{address}' ({str(error).splitlines()[0]}). Start one with"
             " `ray start --head` and say --ray auto, or say --ray local."
@@ -344,7 +350,9 @@ def _judge_all(
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         places = int(_resources()["GPU" if gpus else "CPU"])
-        size = max(1, min(PART, math.ceil(len(photos) / (2 * places))))
+        # Whole batches: then a photo stands in the same batch as in one process.
+        some = math.ceil(len(photos) / (2 * places * FEATURE_BATCH)) * FEATURE_BATCH
+        size = min(PART, some)
         # Only names go through Ray's memory: an actor reads and decodes its photos itself.
         parts = [
             pa.table({"image": [os.fsencode(photo) for photo in photos[at : at + size]]})
