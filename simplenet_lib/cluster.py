@@ -35,10 +35,12 @@ from simplenet_lib.model import SimpleNet, check_writable, checkpoint_in
 from simplenet_lib.outputs import PredictionFolder
 from simplenet_lib.weights import find_weights
 
-# Ray reads these when it is imported: it shall send nothing, and not warn of its own workings.
+# Ray reads these when it is imported: it shall send nothing, not warn of its own workings, and
+# have time to start on a busy machine.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 try:
     import fsspec
     import pyarrow as pa
@@ -51,8 +53,7 @@ except ImportError as error:
     ) from error
 
 RETRIES = 3  # of a run whose process or machine was lost, or that failed
-RUN_CPUS = 1  # cores of a run; a committee is trained to the same bits with any number
-FEATURE_CPUS = 8  # at most, of the features of a category
+CPUS = 1  # cores of a task; one, for features differ in their last bits with the number
 PART = 256  # photos at most: what a lost machine has to judge again
 PARQUET = "predictions.parquet"
 SCHEMA = pa.schema(
@@ -136,12 +137,11 @@ def sweep(
         tqdm(total=len(jobs), desc="runs", unit="run", disable=not progress) as bar,
     ):
         device, gpus = _device(device)
-        cpus = min(FEATURE_CPUS, *_cpus())
         shared = {"weights": weights, "device": device, "max_pixels": Image.MAX_IMAGE_PIXELS}
-        retried = {"max_retries": RETRIES, "retry_exceptions": True, "num_gpus": gpus}
-        remote: Any = ray.remote
-        task = remote(num_cpus=RUN_CPUS, **retried)(_run)
-        feature_task = remote(num_cpus=cpus, **retried)(_features)
+        # What Ray is to know of a task; where and when it runs is Ray's to decide.
+        wanted = {"num_cpus": CPUS, "num_gpus": gpus}
+        remote: Any = ray.remote(**wanted, max_retries=RETRIES, retry_exceptions=True)
+        run, cache = remote(_run), remote(_features)
         splits: dict[str, Any] = {}
         features: dict[tuple[Any, ...], Any] = {}
 
@@ -155,7 +155,7 @@ def sweep(
             bar.update()
 
         # Few more than can be worked on, so that features are still in the cache when needed.
-        at_once = 2 * sum(_cpus())
+        at_once = 2 * math.ceil(_resources().get("GPU" if gpus else "CPU", 1))
         for job in jobs:
             if len(waiting) >= at_once:
                 collect()
@@ -165,9 +165,9 @@ def sweep(
             files = splits[job.category]
             key = _seen(job)
             if key not in features:
-                features[key] = feature_task.remote(files, job.config, cpus, **shared)
+                features[key] = cache.remote(files, job.config, **shared)
             bare = replace(job, splits=None)
-            waiting[task.remote(bare, files, features[key], **shared)] = bare
+            waiting[run.remote(bare, files, features[key], **shared)] = bare
         while waiting:
             collect()
     return failed
@@ -186,13 +186,12 @@ def _seen(job: Job) -> tuple[Any, ...]:
 def _features(
     splits: Splits,
     config: Any,
-    cpus: int,
     weights: Path | None,
     device: str,
     max_pixels: int | None,
 ) -> str:
     """Put the features of the normal images into the cache; returns its folder."""
-    _prepare(cpus, max_pixels)
+    _prepare(max_pixels)
     model = SimpleNet(config, find_weights(config.backbone, weights)).to(device)
     splits.under(config)
     cached_features(
@@ -210,23 +209,16 @@ def _run(
     max_pixels: int | None,
 ) -> None:
     """Make a run; that it waits for the features is all that it wants of their folder."""
-    _prepare(RUN_CPUS, max_pixels)
+    _prepare(max_pixels)
     replace(job, splits=splits).run(weights, device, progress=False)
 
 
-def _prepare(cpus: int, max_pixels: int | None) -> None:
+def _prepare(max_pixels: int | None) -> None:
     """A process of Ray's as the command has set up its own."""
     import torch
 
-    torch.set_num_threads(cpus)
+    torch.set_num_threads(CPUS)
     Image.MAX_IMAGE_PIXELS = max_pixels
-
-
-def _cpus() -> list[int]:
-    """The cores of every machine that has some."""
-    nodes: Any = ray.nodes
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes() if node["Alive"]]
-    return [count for count in cpus if count] or [1]
 
 
 def _resources() -> dict[str, float]:
@@ -363,7 +355,7 @@ def _judge_all(
             fn_constructor_kwargs=settings
             | {"device": device, "max_pixels": Image.MAX_IMAGE_PIXELS},
             batch_size=None,  # a part is a block
-            num_cpus=1,
+            num_cpus=CPUS,
             num_gpus=gpus,
             compute=ray.data.ActorPoolStrategy(
                 min_size=1, max_size=places, initial_size=min(places, len(parts))
@@ -394,7 +386,7 @@ class _Judge:
         identity: dict[str, str],
         max_pixels: int | None,
     ) -> None:
-        _prepare(1, max_pixels)
+        _prepare(max_pixels)
         self.model = SimpleNet.load(file, weights).to(device)
         self.home, self.output, self.kinds = home, output, kinds
         self.threshold, self.identity = threshold, identity
