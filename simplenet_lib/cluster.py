@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
@@ -35,12 +36,10 @@ from simplenet_lib.model import SimpleNet, check_writable, checkpoint_in
 from simplenet_lib.outputs import PredictionFolder
 from simplenet_lib.weights import find_weights
 
-# Ray reads these when it is imported: it shall send nothing, not warn of its own workings, and
-# have time to start on a busy machine.
+# Ray reads these when it is imported: it shall send nothing, and not warn of its own workings.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 try:
     import fsspec
     import pyarrow as pa
@@ -89,13 +88,16 @@ def connected(address: str) -> Iterator[None]:
     if address != "local":  # machines that were started before: they know nothing of these
         names = ("SIMPLENET_CACHE", "THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")
         known = {name: os.environ[name] for name in names if name in os.environ}
+        if "SIMPLENET_CACHE" in known:
+            known["SIMPLENET_CACHE"] = str(cache_folder().absolute())
         options = {"runtime_env": {"env_vars": known}}
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():  # Ray itself would knock for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # Ray raises many types, on a busy machine Exception itself
+        ray.shutdown()
         raise SimpleNetError(
             f"no Ray at '{address}' ({str(error).splitlines()[0]}). Start one with"
             " `ray start --head` and say --ray auto, or say --ray local."
@@ -214,9 +216,7 @@ def _run(
 
 
 def _prepare(max_pixels: int | None) -> None:
-    """A process of Ray's as the command has set up its own."""
-    import torch
-
+    """Set up a process of Ray's as the command has set up its own."""
     torch.set_num_threads(CPUS)
     Image.MAX_IMAGE_PIXELS = max_pixels
 
