@@ -141,7 +141,7 @@ def sweep(
         device, gpus = _device(device)
         shared = {"weights": weights, "device": device, "max_pixels": Image.MAX_IMAGE_PIXELS}
         # What Ray is to know of a task; where and when it runs is Ray's to decide.
-        wanted = {"num_cpus": CPUS, "num_gpus": gpus}
+        wanted: Any = {"num_cpus": CPUS, "num_gpus": gpus}
         remote: Any = ray.remote(**wanted, max_retries=RETRIES, retry_exceptions=True)
         run, cache = remote(_run), remote(_features)
         splits: dict[str, Any] = {}
@@ -230,11 +230,12 @@ def _resources() -> dict[str, float]:
 def _device(name: str) -> tuple[str, int]:
     """The device of every task, and how many GPUs it needs."""
     found = _resources().get("GPU", 0)
-    if name == "auto":
-        name = "cuda" if found else "cpu"
-    if name.startswith("cuda") and not found:
+    kind = ("cuda" if found else "cpu") if name == "auto" else name.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise SimpleNetError(f"no device '{name}' with --ray. Known: cpu, cuda, auto.")
+    if kind == "cuda" and not found:
         raise SimpleNetError("this Ray has no GPU. Use --device cpu.")
-    return name, int(name.startswith("cuda"))
+    return kind, int(kind == "cuda")
 
 
 def _reason(error: BaseException) -> str:
