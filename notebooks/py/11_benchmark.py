@@ -25,7 +25,7 @@
 #
 # ## Before you start
 #
-# You have read chapters 1 to 8. Reading takes about 30 minutes, with the exercises 50; it runs in about half a minute
+# You have read chapters 1 to 8. Reading takes about 25 minutes, with the exercises 50; it runs in about half a minute
 # on two CPU cores, no GPU needed. The runs on real photos took longer. They come with the library as
 # numbers, the score of every test image among them, without images.
 
