@@ -279,7 +279,7 @@ Markdown(table(runs))
 #
 # *Pixel AUROC* is near 90 or above everywhere, AUPRO is not: nearly all pixels are easy background (chapter 8). And
 # *defects found* is the verdict at the model's own threshold, which comes from good photos: among the 29 of weld a
-# single odd one sets it so high that almost no defect passes. F1-max, which many papers print, chooses its threshold on
+# few odd ones set it so high that almost no defect passes. F1-max, which many papers print, chooses its threshold on
 # the test set instead:
 
 # %% tags=["hide-input", "nbval-ignore-output"]

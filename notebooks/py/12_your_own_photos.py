@@ -776,9 +776,9 @@ assert abs(roc_auc_score(labels, few_scores) - roc_auc_score(labels, test_scores
 # %% tags=["hide-cell", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
 # Expected result: sorting: committee, one head, PatchCore and even the pixels rank the images within each other's
-# error. What decides is the threshold: one odd photo among 29 sets the committee's so high that it finds nothing and
-# costs 996, where one head costs 222. So take one head, or the committee once you have looked at that photo and
-# accepted more false alarms. (PatchCore and the Gaussian have no scores of unseen photos, and alarm at nearly all.)
+# error. What decides is the threshold: a few odd photos among 29 set the committee's so high that it finds nothing
+# and costs 996, where one head costs 222. So take one head, or the committee once you have looked at those photos
+# and accepted more false alarms. (PatchCore and the Gaussian have no scores of unseen photos, and alarm at nearly all.)
 # Showing: PatchCore and the committee are equal in AUPRO, within the test images' error, and the committee answers
 # in a fraction of the time; the pixels are out. All settings were chosen with weld in sight, and 20 damaged welds of
 # your own outweigh every number here.
