@@ -216,6 +216,15 @@ def test_chapter_has_the_whole_anatomy(path: Path) -> None:
 
 
 @each_notebook
+def test_chapter_is_a_lesson_not_a_log(path: Path) -> None:
+    """Of its code a reader sees at most 15 cells and 220 lines; the rest is folded."""
+    folded = {"hide-input", "hide-cell"}
+    seen = [c["source"] for c in code(path) if not folded & set(c["metadata"].get("tags", []))]
+    assert len(seen) <= 15
+    assert sum(bool(line.strip()) for source in seen for line in source.splitlines()) <= 220
+
+
+@each_notebook
 def test_chapter_has_graded_exercises_with_solutions_that_ran(path: Path) -> None:
     exercises = re.findall(r"^:::\{exercise\} (\w+): .+?^:::$", prose(path), flags=re.M | re.S)
     assert len(exercises) >= 2
