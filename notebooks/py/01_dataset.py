@@ -98,7 +98,8 @@ def bare(ax):
 # a classifier with two classes, but the data does not allow one. A line delivers a photo
 # of a good part every few seconds. Defects are rare, and the next one may look like none before it.
 #
-# A toy shows what goes wrong. Measure the width and the length of every part, in millimetres. Four good parts lie around $(5, 4)$. So far you have seen one defect, at $(9, 4)$.
+# A toy shows what goes wrong. Measure the width and the length of every part, in millimetres. Four good
+# parts lie around $(5, 4)$. So far you have seen one defect, at $(9, 4)$.
 #
 # A classifier that learned from both classes asks: is the part nearer to the good ones or nearer to
 # the known defect? Between $(5, 4)$ and $(9, 4)$ the border runs at width 7. Now a new kind of
@@ -130,14 +131,15 @@ axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 plt.show()
 
 # %% [markdown]
-# That is {term}`anomaly detection`: learn what is normal, and report what is far from it. Where it lies is
-# the second question, {term}`anomaly localization`. Defects belong in
-# the {term}`test set` and nowhere else: without some you cannot measure whether the detector works.
+# That is {term}`anomaly detection`: learn what is normal, and report what is far from it. Where it lies
+# is the second question, {term}`anomaly localization`. Defects belong in the {term}`test set` and
+# nowhere else: without some you cannot measure whether the detector works.
 #
 # ## From the paper
 #
-# The paper {cite:p}`liu2023simplenet` has no equation for the data (section 3.1). In our notation an image is $x \in \mathbb{R}^{3 \times H \times W}$ and its label is $y \in \{0, 1\}$, where 1
-# means defect.
+# The paper {cite:p}`liu2023simplenet` has no equation for the data (section 3.1). In our notation an
+# image is $x \in \mathbb{R}^{3 \times H \times W}$ and its label is $y \in \{0, 1\}$, where 1 means
+# defect.
 #
 # - Training set: $x_1, \dots, x_n$, all with $y = 0$.
 # - Test set: images of both kinds. Each has a {term}`mask` in $\{0, 1\}^{H \times W}$ that says
@@ -186,10 +188,10 @@ for category in ("nut", "cloth"):
 
 # %% [markdown]
 # This layout is that of {term}`MVTec AD` {cite:p}`bergmann2019mvtec,bergmann2021mvtec`, the data set on
-# which the field compares its methods: photos of 15 products and textures. Your own photos can lie the same
-# way. The name of a folder is the label, and below `train` there is only `good`. The defect in `test/KIND/000.png` is marked in `ground_truth/KIND/000_mask.png`.
-# {term}`Ground truth <ground truth>` is what a person would have
-# marked; here the program that drew the defect knows.
+# which the field compares its methods: photos of 15 products and textures. Your own photos can lie the
+# same way. The name of a folder is the label, and below `train` there is only `good`. The defect in
+# `test/KIND/000.png` is marked in `ground_truth/KIND/000_mask.png`. {term}`Ground truth <ground truth>`
+# is what a person would have marked; here the program that drew the defect knows.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two rows of five close-ups with the edge of each defect outlined. Nuts with a broken corner, a dent, a fibre, rust and a scratch; cloth with a cut, a fibre, a hole, a missing thread and a stain."}, "figure": {"caption": "One defect of every kind: 96 of the photo's 256 pixels a side. The line is the edge of the mask.", "name": "fig-dataset-samples"}}
 figure, axes = plt.subplots(2, 5, figsize=(6.5, 3))
@@ -213,8 +215,8 @@ plt.show()
 # %% [markdown]
 # ### A list of samples
 #
-# `Sample` is the triple of image, kind of defect and mask. The next cell, and every cell below whose first line
-# says so, is the library's own code with shorter docstrings.
+# `Sample` is the triple of image, kind of defect and mask. The next cell, and every cell below whose
+# first line says so, is the library's own code with shorter docstrings.
 
 # %% tags=["library"]
 # simplenet_lib/dataset.py
@@ -559,10 +561,11 @@ figure.suptitle("The map shows edges and highlights, not defects", fontsize="med
 plt.show()
 
 # %% [markdown]
-# Cloth is different: there the highest pixel lies on 6 of 8 holes and on 7 of 8 missing threads, probably
-# because they show a brightness that cloth itself hardly has. Yet missing threads do not get higher *image scores* than good cloth:
-# 0.43. The map ranks places within one image correctly, and the images among each other not at all,
-# because good images have equally high pixels somewhere. Finding and localising are two questions.
+# Cloth is different: there the highest pixel lies on 6 of 8 holes and on 7 of 8 missing threads,
+# probably because they show a brightness that cloth itself hardly has. Yet missing threads do not get
+# higher *image scores* than good cloth: 0.43. The map ranks places within one image correctly, and the
+# images among each other not at all, because good images have equally high pixels somewhere. Finding
+# and localising are two questions.
 #
 # Where parts lie still, the same two lines are strong: on the bottles of MVTec AD, photographed from
 # above in one place, they reach an image AUROC of 0.985. On its screws, which lie turned, 0.36. So never
