@@ -568,11 +568,11 @@ plt.show()
 # and localising are two questions.
 #
 # Where parts lie still, the same two lines are strong: on the bottles of MVTec AD, photographed from
-# above in one place, they reach an image AUROC of 0.985. On its screws, which lie turned, 0.36. So never
-# skip a baseline: on your line it may be all you need. The bottles are no exception. The best methods
-# reach more than 0.99 on the mean of the 15 products, and the few pairs that are left no longer tell them
-# apart: MVTec AD is *saturated*. VisA {cite:p}`zou2022visa`, with finer defects and several objects in a
-# picture, and MVTec AD 2 {cite:p}`hecklerkram2025mvtecad2`, with changing light, ask for more.
+# above in one place, they reach an image AUROC of 0.99 ± 0.01. On its screws, which lie turned, 0.36 ±
+# 0.05. So never skip a baseline: on your line it may be all you need. The best methods reach more than
+# 0.99 on the mean of the 15 products, and the few pairs that are left no longer tell them apart: MVTec
+# AD is *saturated*. VisA {cite:p}`zou2022visa`, with finer defects and several objects in a picture,
+# and MVTec AD 2 {cite:p}`hecklerkram2025mvtecad2`, with changing light, ask for more.
 #
 # What has to change for the nuts is not the statistics but what they are computed on. You need numbers
 # that describe *what* is seen and that stay the same when it moves a little. A pretrained network
