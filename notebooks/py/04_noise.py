@@ -652,7 +652,7 @@ assert one_direction["the same noise"] > 0.98 and 0.4 < one_direction["fresh noi
 # :label: ex-noise-position
 #
 # The Gaussian observer has one mean for belt, rim and hole. Change the detector: subtract from each adapted
-# vector, `train_z` and `test_z`, the mean of its position over the 50 training images, and let `principal`
+# vector of `train_z` and `test_z`, (images, 1024, 512), the mean of its position over the training images, and let `principal`
 # see 8,000 random ones of what is left. Where does the observer for σ = 0.25 land on the scoreboard?
 # :::
 
