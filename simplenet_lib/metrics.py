@@ -117,7 +117,7 @@ def aupro(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike], limit: float = 
     """Area under the per-region-overlap curve, up to a false-positive rate.
 
     With the connected regions C_1..C_K of all masks (8-connectivity) and P_t the
-    pixels that score at least t,
+    pixels that score at least t::
 
         PRO(t) = 1/K Σ_k |P_t ∩ C_k| / |C_k|,
         FPR(t) = |P_t ∩ normal pixels| / |normal pixels|,

@@ -7,6 +7,8 @@ import copy
 import doctest
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         normal, _, config = datasets(data, "nut", config)
         model = train(normal, config, weights=weights_file, progress=False).model
     return {"data": data, "weights_file": weights_file, "model": model}
+
+
+def test_page_of_the_command_says_what_its_help_says(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("typer")
+    command = [program, "simplenet_lib.cli", "utils", "docs", "--name", "simplenet"]
+    command += ["--title", "The command", "--output", tmp_path / "command.md"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    written = (tmp_path / "command.md").read_text()
+    assert written == (ROOT / "reference" / "command.md").read_text(), "run `make format`"
 
 
 @pytest.mark.parametrize("name", public_names())
