@@ -1,7 +1,7 @@
 """Chapter 10: three detectors that train no network, to compare with.
 
 Each looks at one map at a time, (C, h, w): the normalised image itself, or its
-standardised features. `fit` sees the maps of normal images, `score_map` gives
+standardised features. ``fit`` sees the maps of normal images, ``score_map`` gives
 every position of a new one a number: high is anomalous.
 """
 

@@ -61,7 +61,7 @@ class Weights:
     source : str
         One line for people: where they came from.
     digest : str
-        SHA-256 of what decides the features: see `digest_of`.
+        SHA-256 of what decides the features: see :func:`digest_of`.
     strides : {"conv2", "conv1"}
         Which convolution of a bottleneck halves the resolution. torchvision
         strides in the 3x3 ``conv2``; the original weights, as published by He
