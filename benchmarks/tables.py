@@ -117,8 +117,23 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def tiles() -> str:
+    """Small spots on large sheets: the whole sheet at once, and tiles."""
+    found = measured("tiles")
+    lines = [
+        "| looks at | image AUROC | highest score on the spot | one sheet, s |",
+        "|---|---|---|---|",
+    ]
+    for way in found["ways"]:
+        name = f"tiles of {way['tile']} px" if way["tile"] else f"the sheet in {way['seen'][0]} px"
+        on_it = f"{way['highest_on_the_spot']} of {len(way['scores']['spot'])}"
+        auroc, seconds = 100 * way["image_auroc"], way["seconds_an_image"]
+        lines.append(f"| {name} | {auroc:.1f} | {on_it} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
 def measured(name: str) -> dict[str, Any]:
-    """What ``make bench`` has measured."""
+    """What a program of this folder has measured in ``results/bench/``."""
     found: dict[str, Any] = json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text())
     return found
 
@@ -126,7 +141,13 @@ def measured(name: str) -> dict[str, Any]:
 #: For each page its tables.
 TABLES = {
     "README.md": {"expectations": expectations},
-    "benchmarks.md": {"presets": presets, "ablation": ablation, "speed": speed, "peers": peers},
+    "benchmarks.md": {
+        "presets": presets,
+        "ablation": ablation,
+        "tiles": tiles,
+        "speed": speed,
+        "peers": peers,
+    },
 }
 
 
