@@ -20,6 +20,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from test_project import MACHINE_PATH
+from test_reference import public_names
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -360,7 +361,18 @@ def test_every_page_is_built(pages: dict[Path, Page]) -> None:
     names = {path.stem for path in pages}
     assert {path.stem for path in NOTEBOOKS} <= names
     references = {"notation", "glossary", "original", "promises", "versions", "references"}
+    references |= {"api", "benchmarks", "teaching", "errata"}
     assert {"intro", *references} <= names
+
+
+def test_every_public_name_has_an_entry_in_the_reference(pages: dict[Path, Page]) -> None:
+    anchors = {
+        anchor
+        for path in pages
+        if path.parent.name == "reference"
+        for anchor in pages[path].anchors
+    }
+    assert {f"simplenet_lib.{name}" for name in public_names()} - anchors == set()
 
 
 def test_every_image_has_an_alt_text(pages: dict[Path, Page]) -> None:
