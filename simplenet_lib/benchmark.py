@@ -124,6 +124,15 @@ class Splits:
     ratio, side : float
         Median height over width of the normal images, and median side √(height · width) in
         pixels.
+
+    Examples
+    --------
+    >>> splits = read_splits(data, "nut")
+    >>> splits.white, splits.ratio, splits.side
+    (0, 1.0, 64.0)
+    >>> from simplenet_lib.config import PRESETS
+    >>> splits.under(PRESETS["fast"]).ratio
+    1.0
     """
 
     normal: ImageFiles
@@ -182,11 +191,10 @@ def read_splits(
 
     Examples
     --------
-    >>> from simplenet_lib.config import preset
-    >>> normal, test, config = datasets(data, "nut", preset("fast"), say=print)
+    >>> splits = read_splits(data, "nut", say=print)
     Found 6 normal images to train on; to test with 2 good, 1 broken_corner, ...; 5 masks.
-    >>> len(normal), len(test), config.seen
-    (6, 7, (384, 384))
+    >>> len(splits.normal), len(splits.test)
+    (6, 7)
     """
     transform = make_transform(32, 32)  # until a configuration says how they are seen
     normal: ImageFiles
@@ -246,6 +254,14 @@ def datasets(
         The configuration.
     data, category, skip_damaged, say, progress
         See :func:`read_splits`.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> normal, test, config = datasets(data, "nut", preset("fast"), say=print)
+    Found 6 normal images to train on; to test with 2 good, 1 broken_corner, ...; 5 masks.
+    >>> len(normal), len(test), config.seen
+    (6, 7, (384, 384))
     """
     splits = read_splits(
         data, category, config.white, skip_damaged=skip_damaged, say=say, progress=progress
@@ -671,7 +687,14 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_run(path: Path, report: dict[str, Any]) -> None:
-    """Write a run's report, whole or not at all."""
+    """Write a run's report, whole or not at all.
+
+    Examples
+    --------
+    >>> write_run(folder / "nut-fast-0.json", {"category": "nut", "seed": 0})
+    >>> read_run(folder / "nut-fast-0.json")
+    {'category': 'nut', 'seed': 0}
+    """
     write_whole(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
@@ -738,6 +761,16 @@ class Job:
         The JSON file that the run ends in.
     splits : Splits or None
         The images, if they have been read already.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from simplenet_lib.config import PRESETS
+    >>> config = replace(PRESETS["fast"], sigma=0.5)
+    >>> path = folder / "nut-fast-sigma=0.5-0.json"
+    >>> job = Job(data, "nut", config, changes_of(config), path, None)
+    >>> job.changes
+    {'sigma': 0.5}
     """
 
     data: Path
@@ -800,6 +833,14 @@ def missing_jobs(
     SimpleNetError
         If a category cannot be read or evaluated, or ``output`` holds other runs under the
         same names.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from simplenet_lib.config import PRESETS
+    >>> configs = [PRESETS["fast"], replace(PRESETS["fast"], sigma=0.5)]
+    >>> [job.path.name for job in missing_jobs(data, ["nut"], configs, [0], folder)]
+    ['nut-fast-0.json', 'nut-fast-sigma=0.5-0.json']
     """
     jobs = []
     for name in dict.fromkeys(categories):
@@ -818,7 +859,15 @@ def missing_jobs(
 
 
 def changes_of(config: Config) -> dict[str, Any]:
-    """What a configuration changes of its preset, apart from the seed."""
+    """What a configuration changes of its preset, apart from the seed.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from simplenet_lib.config import PRESETS
+    >>> changes_of(replace(PRESETS["fast"], sigma=0.5, seed=3))
+    {'sigma': 0.5}
+    """
     usual = asdict(PRESETS[config.preset])
     return {
         name: value
@@ -828,7 +877,13 @@ def changes_of(config: Config) -> dict[str, Any]:
 
 
 def named(changes: Mapping[str, Any]) -> str:
-    """Changes of a preset as a name, ``"layers=layer1+layer2,sigma=0.5"``."""
+    """Changes of a preset as a name.
+
+    Examples
+    --------
+    >>> named({"layers": ["layer1", "layer2"], "sigma": 0.5})
+    'layers=layer1+layer2,sigma=0.5'
+    """
     values = {
         name: "+".join(value) if isinstance(value, list | tuple) else value
         for name, value in changes.items()

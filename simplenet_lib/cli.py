@@ -363,9 +363,9 @@ def benchmark(
     )
     check_writable(output)
     try:
-        if ray is not None and jobs:
+        if ray is not None:
             failed = sweep(jobs, ray, weights=weights, device=device)
-        elif ray is None:
+        else:
             for number, job in enumerate(jobs, start=1):
                 print(f"{number} of {len(jobs)}: {job.path.stem}", flush=True)
                 job.run(weights, device)

@@ -76,7 +76,7 @@ SCHEMA = pa.schema(
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def _connected(address: str) -> Iterator[None]:
     """Ray at ``address``; ``"local"`` starts one and leaves nothing of it running.
 
     Raises
@@ -118,7 +118,7 @@ def sweep(
     jobs : sequence of Job
         The runs; see :func:`simplenet_lib.benchmark.missing_jobs`. Their paths are absolute.
     address : str
-        See :func:`connected`.
+        See ``--ray``.
     weights : Path, optional
         See :func:`simplenet_lib.weights.find_weights`.
     device : str
@@ -130,12 +130,19 @@ def sweep(
     -------
     dict of str to str
         Of every run that failed, after Ray's retries, its file and the reason.
+
+    Examples
+    --------
+    >>> sweep([], "local", weights=None, device="auto")
+    {}
     """
+    if not jobs:
+        return {}
     weights = weights and weights.absolute()
     waiting: dict[Any, Job] = {}
     failed: dict[str, str] = {}
     with (
-        connected(address),
+        _connected(address),
         tqdm(total=len(jobs), desc="runs", unit="run", disable=not progress) as bar,
     ):
         device, gpus = _device(device)
@@ -278,7 +285,7 @@ def score(
     output : Path
         The folder for the parts.
     address : str
-        See :func:`connected`.
+        See ``--ray``.
     threshold : float
         The score above which an image counts as anomalous.
     kinds : mapping of str to bool
@@ -298,6 +305,13 @@ def score(
     ------
     SimpleNetError
         If there are no photos, the model does not load, or ``output`` holds something else.
+
+    Examples
+    --------
+    >>> kinds = {"overlays": False, "maps": False, "records": False}
+    >>> score(folder, ["photos"], folder, "local", 1.0, kinds, weights=None, device="auto")
+    Traceback (most recent call last):
+    simplenet_lib.config.SimpleNetError: ...: no such checkpoint.
     """
     file = checkpoint_in(model).absolute()
     output = output.absolute()
@@ -306,7 +320,7 @@ def score(
         "model": hashlib.sha256(file.read_bytes()).hexdigest(),
         "threshold": repr(threshold),
     }
-    check_parts(output)
+    _check_parts(output)
     photos = find_photos(images, output)
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -335,7 +349,7 @@ def _judge_all(
 ) -> None:
     """Have actors, each with the model in memory, write the parts."""
     with (
-        connected(address),
+        _connected(address),
         tqdm(total=len(photos), desc="predict", unit="image", disable=not progress) as bar,
     ):
         device, gpus = _device(device)
@@ -467,6 +481,12 @@ def find_photos(images: Sequence[str], output: Path) -> list[str]:
     ------
     SimpleNetError
         If there are none, or something is not there.
+
+    Examples
+    --------
+    >>> photos = find_photos([str(data / "nut" / "train" / "good")], folder / "output")
+    >>> [Path(photo).name for photo in photos][:2]
+    ['000.png', '001.png']
     """
     found: dict[str, None] = {}
     passed: Counter[str] = Counter()
@@ -516,7 +536,7 @@ def _lines(name: str, data: bytes) -> list[str]:
         raise SimpleNetError(f"{name}: not a list of photos in UTF-8 ({error}).") from error
 
 
-def check_parts(output: Path) -> None:
+def _check_parts(output: Path) -> None:
     """Refuse a folder that holds something else than parts, or cannot be written to."""
     try:
         inside = [path for path in output.iterdir()] if output.exists() else []

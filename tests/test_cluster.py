@@ -266,14 +266,14 @@ def test_other_verdicts_and_other_files_are_not_mixed_with_ours(
     trained: Path, photos: Path, tmp_path: Path
 ) -> None:
     judge(trained, tmp_path)({"image": np.array([b"photos/00.png"], dtype=object)})
-    cluster.check_parts(tmp_path)
+    cluster._check_parts(tmp_path)
     assert cluster._known(tmp_path, {"model": "1", "threshold": "1.0"}) == {"photos/00.png"}
     for other in ({"model": "2", "threshold": "1.0"}, {"model": "1", "threshold": "2.0"}):
         with pytest.raises(SimpleNetError, match="another model or threshold"):
             cluster._known(tmp_path, other)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SimpleNetError, match="holds something else \\(thesis.txt\\)"):
-        cluster.check_parts(tmp_path)
+        cluster._check_parts(tmp_path)
 
 
 # What is missing ----------------------------------------------------------------------
@@ -301,6 +301,6 @@ def test_without_the_extra_one_sentence_says_what_to_install(
 def test_a_cluster_that_is_not_there_is_named() -> None:
     with (
         pytest.raises(SimpleNetError, match=r"no Ray at '127\.0\.0\.1:1'"),
-        cluster.connected("127.0.0.1:1"),
+        cluster._connected("127.0.0.1:1"),
     ):
         pass
