@@ -166,8 +166,9 @@ plt.show()
 #
 # $$s = D_ψ(z) = w_2^\top \, \mathrm{LeakyReLU}(\mathrm{BN}(W_1 z + b_1))$$ (eq-discriminator)
 #
-# $W_1$ is a matrix of shape `(K, A)`, $b_1$ and $w_2$ are vectors of length $K$. BN is
-# {term}`BatchNorm`; the published code has it, the course version leaves it out. The second layer has no bias: zero is where normal and noisy meet.
+# $W_1$ is a matrix of shape `(K, A)`, $b_1$ and $w_2$ are vectors of length $K$. BN is {term}`BatchNorm`; the
+# published code has it, the course version leaves it out. The second layer has no bias: zero is where normal
+# and noisy meet.
 
 # %% [markdown]
 # ## Build it

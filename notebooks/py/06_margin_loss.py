@@ -118,9 +118,9 @@ plt.show()
 # %% [markdown]
 # ## From the paper
 #
-# Section 3.5 of the paper calls it a truncated $\ell_1$ loss. Its two
-# thresholds, $th^+ = 0.5$ and $th^- = -0.5$, are $m$ and $-m$ here. With the scores $s_i = D_ψ(z_i)$ of $B$ normal vectors and $s'_i = D_ψ(z'_i)$ of their $B$ noisy
-# copies,
+# Section 3.5 of the paper calls it a truncated $\ell_1$ loss. Its two thresholds, $th^+ = 0.5$ and $th^- =
+# -0.5$, are $m$ and $-m$ here. With the scores $s_i = D_ψ(z_i)$ of $B$ normal vectors and $s'_i = D_ψ(z'_i)$ of
+# their $B$ noisy copies,
 #
 # $$
 # \begin{aligned}
