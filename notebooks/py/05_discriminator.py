@@ -23,7 +23,7 @@
 #
 # ## Before you start
 #
-# You have read chapters 1 to 4. Skim 15 minutes,
+# You have read chapters 1 to 4. Skim 10 minutes,
 # read 30, work 60; runs in under a minute on two CPU cores, no GPU needed.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]

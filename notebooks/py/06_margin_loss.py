@@ -23,7 +23,7 @@
 #
 # ## Before you start
 #
-# You have read [The discriminator](05_discriminator.ipynb). Skim 15 minutes, read 30, work 60; runs in under a
+# You have read [The discriminator](05_discriminator.ipynb). Skim 10 minutes, read 25, work 55; runs in under a
 # minute on two CPU cores, no GPU needed.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]

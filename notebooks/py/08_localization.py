@@ -24,7 +24,7 @@
 #
 # ## Before you start
 #
-# You have read chapters 1 to 7. Skim 20 minutes, read 40, work 80; runs in about a minute on two CPU cores, no
+# You have read chapters 1 to 7. Skim 15 minutes, read 35, work 75; runs in about a minute on two CPU cores, no
 # GPU needed.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
