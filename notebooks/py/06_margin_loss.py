@@ -490,7 +490,7 @@ assert min(aurocs.values()) > 0.85
 unchanged = Standardise(1536)  # never fitted: features pass as they are
 raw = adapt(features[:20], unchanged).flatten(0, 2)
 _, stuck = trained(margin_loss, sigma=0.015, batchnorm=False, vectors=raw)
-print(f"mean loss of the last 20 steps: {stuck[0, -20:].mean():.2f}")
+print(f"mean loss of the last 20 steps: {stuck[0, -20:].mean():.1f}")
 
 # %% mystnb={"image": {"alt": "Two panels against the training step. Left: the loss of the stuck training swings up in the first steps and then runs along 2m = 1, while the healthy one falls towards zero. Right: in the healthy training the shares of normal scores above plus m and of noisy scores below minus m rise to above a half; in the stuck one they jump in the first steps and then both lie at 0."}, "figure": {"caption": "A training with noise that is far too small, and the healthy one of above (pale).", "name": "fig-margin-stuck"}} tags=["hide-input"]
 healthy = runs["margin loss", 0][1]
