@@ -14,7 +14,7 @@ EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR \
 	--CoalesceStreamsPreprocessor.enabled=True \
 	--ExecutePreprocessor.record_timing
 
-.PHONY: help setup book test stress bench lint format sync repository lock clean
+.PHONY: help setup book pdf epub test stress bench lint format sync repository lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,13 +38,24 @@ $(PAGES): package.json package-lock.json $(READY)
 
 # Every notebook runs once more, beside the committed one: what a reader sees must still run.
 # --all: Sphinx shows the warnings of a page only when it reads that page anew.
-book: $(NOTEBOOKS:notebooks/%=_build/run/%) ## run the notebooks and render the book into _build/html
+book: $(NOTEBOOKS:notebooks/%=_build/run/%) $(PAGES) ## run the notebooks and render the book into _build/html
 	$(BIN)/jupyter-book build --all --warningiserror --keep-going .
+	$(MAKE) epub pdf
+
+pdf: _build/html/intro.html ## print the rendered book as one PDF
+	$(BIN)/python _ext/pdf.py _build/html
+
+epub: _build/html/intro.html ## pack the book as an EPUB
+	$(BIN)/jupyter-book build --warningiserror --builder custom --custom-builder epub .
+	cp _build/epub/*.epub _build/html/
+
+_build/html/intro.html: | $(PAGES)
+	$(BIN)/jupyter-book build --warningiserror --keep-going .
 
 _build/run/%.ipynb: notebooks/%.ipynb $(wildcard simplenet_lib/*.py) $(READY)
 	$(EXECUTE)=True --output-dir _build/run $<
 
-test: lint ## check style and types, then run every test and compare every notebook
+test: lint $(PAGES) ## check style and types, then run every test and compare every notebook
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval notebooks/
 

@@ -1,0 +1,72 @@
+"""Sphinx extension: what a page needs lies in the book itself, and no link leads nowhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.errors import ExtensionError
+
+#: Of MathJax the component that pages load, what it may load in turn, and its licence.
+MATHJAX = (
+    "es5/tex-chtml.js",
+    "es5/input/tex/extensions",
+    "es5/output/chtml/fonts/woff-v2",
+    "LICENSE",
+)
+
+
+def address_is_set(config: Config) -> bool:
+    """Whether a maintainer has run ``make repository``."""
+    return "/OWNER/" not in config.html_theme_options["repository_url"]
+
+
+def set_options(app: Sphinx, config: Config) -> None:
+    config.mathjax_path = "mathjax/es5/tex-chtml.js"
+    for button in ("use_repository_button", "use_issues_button"):
+        config.html_theme_options[button] &= address_is_set(config)
+
+
+def copy_mathjax(app: Sphinx) -> None:
+    if app.builder.name != "html":
+        return
+    source = Path(app.srcdir) / "node_modules" / "mathjax"
+    if not source.is_dir():
+        raise ExtensionError(f"{source} is missing: `make book` installs it, or `npm ci`.")
+    for name in MATHJAX:
+        target = Path(app.outdir) / "_static" / "mathjax" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target, dirs_exist_ok=True)
+        else:
+            shutil.copy(source / name, target)
+
+
+def drop_remote_styles(app: Sphinx, doctree: nodes.document) -> None:
+    """matplotlib's player asks a CDN for Font Awesome; the theme brings these very icons."""
+    for raw in doctree.findall(nodes.raw):
+        text = re.sub(r'<link\b[^>]*\bhref="https?://[^>]*>', "", raw.astext())
+        raw.children = [nodes.Text(text)]
+
+
+def mend_page(
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Leave out what nothing here uses, labels that hide a button's own text, and doubled names."""
+    for kind in ("script_files", "css_files"):
+        context[kind] = [file for file in context[kind] if "thebe" not in str(vars(file)).lower()]
+    for unwanted in (' aria-label="Toggle hidden content"', ' id="exercise-content"'):
+        context["body"] = context.get("body", "").replace(unwanted, "")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("config-inited", set_options)
+    app.connect("builder-inited", copy_mathjax)
+    app.connect("doctree-read", drop_remote_styles)
+    app.connect("html-page-context", mend_page, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
