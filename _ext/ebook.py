@@ -105,7 +105,7 @@ class EBook(Epub3Builder):
                 paragraph.decompose()
             for paragraph in summary.select("p"):
                 paragraph.name = "span"
-        for entry in soup.select("[role^=doc-biblio]"):
+        for entry in soup.select("[role=doc-biblioentry]"):  # which EPUB has given up
             del entry["role"]
         return str(soup)
 

@@ -19,6 +19,13 @@ MATHJAX = (
     "es5/output/chtml/fonts/woff-v2",
     "LICENSE",
 )
+#: What extensions write: a name that hides a button's own, one name for many, roles of old.
+MISLEADING = (
+    ' aria-label="Toggle hidden content"',
+    ' id="exercise-content"',
+    ' role="doc-biblioentry"',
+    ' role="list"',
+)
 
 
 def address_is_set(config: Config) -> bool:
@@ -47,26 +54,27 @@ def copy_mathjax(app: Sphinx) -> None:
             shutil.copy(source / name, target)
 
 
-def drop_remote_styles(app: Sphinx, doctree: nodes.document) -> None:
-    """matplotlib's player asks a CDN for Font Awesome; the theme brings these very icons."""
+def mend_players(app: Sphinx, doctree: nodes.document) -> None:
+    """matplotlib's player asks a CDN for icons, which the theme has; its slider has no name."""
     for raw in doctree.findall(nodes.raw):
         text = re.sub(r'<link\b[^>]*\bhref="https?://[^>]*>', "", raw.astext())
+        text = text.replace('class="anim-slider"', 'class="anim-slider" aria-label="Frame"')
         raw.children = [nodes.Text(text)]
 
 
 def mend_page(
     app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
-    """Leave out what nothing here uses, labels that hide a button's own text, and doubled names."""
+    """Leave out thebe's scripts, which nothing here uses, and attributes that mislead readers."""
     for kind in ("script_files", "css_files"):
         context[kind] = [file for file in context[kind] if "thebe" not in str(vars(file)).lower()]
-    for unwanted in (' aria-label="Toggle hidden content"', ' id="exercise-content"'):
-        context["body"] = context.get("body", "").replace(unwanted, "")
+    for attribute in MISLEADING:
+        context["body"] = context.get("body", "").replace(attribute, "")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", set_options)
     app.connect("builder-inited", copy_mathjax)
-    app.connect("doctree-read", drop_remote_styles)
+    app.connect("doctree-read", mend_players)
     app.connect("html-page-context", mend_page, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -103,8 +103,8 @@ def whole_book(html: Path) -> str:
     link = '<link rel="stylesheet" href="{}">'
     return "\n".join(
         [
-            f'<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8">',
-            f'<title>{config["title"]}</title>',
+            '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8">',
+            f"<title>{config['title']}</title>",
             *(link.format(posixpath.normpath(posixpath.join("notebooks", s))) for s in styles),
             f"<style>{PAPER}</style>",
             *map(str, scripts),
