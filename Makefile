@@ -84,11 +84,11 @@ sync: $(READY) ## build the notebooks from notebooks/py and run them, with outpu
 			notebooks/py/$$(basename $$notebook .ipynb).py && \
 		$(EXECUTE)=False --inplace $$notebook || exit 1; done
 
-# Badges and setup cells need the address, too; tests/test_book.py checks that they agree.
+# Setup cells need the address, too; tests/test_book.py checks that they agree.
 repository: ## write the repository's address everywhere: URL=https://github.com/...
 	@case "$(URL)" in https://github.com/?*/?*) ;; *) echo "make repository URL=https://github.com/NAME/REPOSITORY" >&2; exit 2 ;; esac
 	OLD=$$(sed -n 's#^  url: https://github.com/##p' _config.yml) NEW=$(URL:https://github.com/%=%) \
-		perl -pi -e 's{github(\.com)?/\Q$$ENV{OLD}\E}{"github" . ($$1 // "") . "/$$ENV{NEW}"}ge' \
+		perl -pi -e 's{github\.com/\Q$$ENV{OLD}\E}{github.com/$$ENV{NEW}}g' \
 		_config.yml $(NOTEBOOKS) $(NOTEBOOKS:notebooks/%.ipynb=notebooks/py/%.py)
 
 # torch 2.13 is avoided on purpose: next to some of its files torchvision cannot be imported.

@@ -15,8 +15,6 @@ from sphinx.application import Sphinx
 from sphinx.builders.epub3 import Epub3Builder
 from sphinx.errors import ExtensionError
 
-from simplenet_lib import __version__
-
 FORMULA = re.compile(r"\s*(?:\\\((?P<inline>.*)\\\)|\\\[(?P<display>.*)\\\])\s*", re.DOTALL)
 STYLES = ("epub.css", "pygments.css", "book.css")
 
@@ -108,9 +106,6 @@ class EBook(Epub3Builder):
         for entry in soup.select("[role=doc-biblioentry]"):  # which EPUB has given up
             del entry["role"]
         return str(soup)
-
-    def content_metadata(self) -> dict[str, Any]:
-        return {**super().content_metadata(), "version": __version__}
 
     def build_content(self) -> None:
         """Declare which pages hold formulas."""

@@ -12,6 +12,8 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import ExtensionError
 
+from simplenet_lib import __version__
+
 #: Of MathJax the component that pages load, what it may load in turn, and its licence.
 MATHJAX = (
     "es5/tex-chtml.js",
@@ -34,6 +36,7 @@ def address_is_set(config: Config) -> bool:
 
 
 def set_options(app: Sphinx, config: Config) -> None:
+    config.version = __version__
     config.mathjax_path = "mathjax/es5/tex-chtml.js"
     for button in ("use_repository_button", "use_issues_button"):
         config.html_theme_options[button] &= address_is_set(config)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import posixpath
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -40,12 +42,23 @@ summary { break-after: avoid; }
 
 def documents() -> list[str]:
     """The book's pages in their order."""
+
+    def below(entry: dict[str, Any]) -> Iterator[str]:
+        if "file" in entry:
+            yield entry["file"]
+        for inner in (
+            *entry.get("parts", ()),
+            *entry.get("chapters", ()),
+            *entry.get("sections", ()),
+        ):
+            yield from below(inner)
+
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
-    return [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
+    return [toc["root"], *below(toc)]
 
 
 def name(document: str) -> str:
-    return posixpath.basename(document)
+    return document.replace("/", "-")
 
 
 def article(html: Path, document: str, known: dict[str, str]) -> Tag:

@@ -163,6 +163,13 @@ class Plain:
                 digits = number.split()[-1]
                 number = text.replace("%s", digits).replace("{number}", digits)
             return f"[{number}]({self.page(docname)}#{anchor})"
+        if role == "ref":
+            docname, anchor = std.anonlabels[target]
+            if not explicit and anchor in self.env.toc_fignumbers[docname].get("exercise", {}):
+                text = self.number("exercise", target)
+            elif not explicit:
+                text = std.labels[target][2]
+            return f"[{text}]({self.page(docname)}#{anchor})"
         if role == "term":
             terms = {n.lower(): place for (kind, n), place in std.objects.items() if kind == "term"}
             docname, anchor = terms[target.lower()]

@@ -39,9 +39,7 @@ async function look(name) {
   await page.goto(address + name, { waitUntil: "load" });
   await devtools.send("Emulation.setCPUThrottlingRate", { rate: 1 });
   await page.evaluate(() => window.MathJax?.startup.promise);
-  report.firstText = await page.evaluate(
-    () => performance.getEntriesByName("first-contentful-paint")[0].startTime,
-  );
+  report.firstText = await page.evaluate(firstText);
   report.rawFormulas = await page.evaluate(
     () => [...document.querySelectorAll(".math")].filter((m) => !m.querySelector("mjx-math")).length,
   );
@@ -51,7 +49,11 @@ async function look(name) {
     await page.setViewportSize({ width, height: 900 });
     await page.waitForTimeout(400); // the theme looks for what scrolls 0.3 s after a change
     for (const theme of ["light", "dark"]) {
-      const options = { runOnly: theme === "dark" ? COLOURS : WCAG, resultTypes: ["violations"] };
+      const options = {
+        runOnly: theme === "dark" ? COLOURS : WCAG,
+        resultTypes: ["violations"],
+        preload: address.startsWith("http"), // from disk axe cannot fetch the styles once more
+      };
       const { violations } = await page.evaluate(
         ([theme, options]) => {
           document.documentElement.dataset.theme = theme;
@@ -69,6 +71,16 @@ async function look(name) {
   }
   await context.close();
   return report;
+}
+
+/** When the browser first painted text or a picture, once it has. */
+function firstText() {
+  return new Promise((resolve) => {
+    new PerformanceObserver((list) => {
+      for (const { name, startTime } of list.getEntries())
+        if (name === "first-contentful-paint") resolve(startTime);
+    }).observe({ type: "paint", buffered: true });
+  });
 }
 
 /** Boxes that scroll sideways and that the Tab key passes over. */
