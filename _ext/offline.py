@@ -71,8 +71,16 @@ def mend_page(
     """Leave out thebe's scripts, which nothing here uses, and attributes that mislead readers."""
     for kind in ("script_files", "css_files"):
         context[kind] = [file for file in context[kind] if "thebe" not in str(vars(file)).lower()]
+    body = context.get("body", "")
     for attribute in MISLEADING:
-        context["body"] = context.get("body", "").replace(attribute, "")
+        body = body.replace(attribute, "")
+    # Sphinx writes a signature of several lines as a list of definitions without terms.
+    context["body"] = re.sub(
+        r'<dl>\n(<dd><em class="sig-param">.*?)</dl>',
+        lambda lines: f'<div class="sig-lines">\n{lines[1]}</div>'.replace("dd>", "div>"),
+        body,
+        flags=re.DOTALL,
+    )
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -12,6 +12,9 @@ addEventListener("resize", reachByKeyboard);
 addEventListener("load", async () => {
   // The theme names this button "Search", though it shows "Search Ctrl+K".
   document.querySelector(".search-button-field")?.removeAttribute("aria-label");
+  // It gives the arrows that open the pages below a page no name.
+  for (const arrow of document.querySelectorAll(".bd-links summary"))
+    arrow.ariaLabel = `Pages below ${arrow.closest("li").querySelector("a").textContent.trim()}`;
   await window.MathJax?.startup?.promise;
   reachByKeyboard();
 });
