@@ -14,7 +14,7 @@ EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR \
 	--CoalesceStreamsPreprocessor.enabled=True \
 	--ExecutePreprocessor.record_timing
 
-.PHONY: help setup book test stress bench lint format sync repository lock clean
+.PHONY: help setup book pdf epub test stress bench lint format sync repository lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,13 +38,24 @@ $(PAGES): package.json package-lock.json $(READY)
 
 # Every notebook runs once more, beside the committed one: what a reader sees must still run.
 # --all: Sphinx shows the warnings of a page only when it reads that page anew.
-book: $(NOTEBOOKS:notebooks/%=_build/run/%) ## run the notebooks and render the book into _build/html
+book: $(NOTEBOOKS:notebooks/%=_build/run/%) $(PAGES) ## run the notebooks and render the book into _build/html
 	$(BIN)/jupyter-book build --all --warningiserror --keep-going .
+	$(MAKE) epub pdf
+
+pdf: _build/html/intro.html ## print the rendered book as one PDF
+	$(BIN)/python _ext/pdf.py _build/html
+
+epub: _build/html/intro.html ## pack the book as an EPUB
+	$(BIN)/jupyter-book build --warningiserror --builder custom --custom-builder epub .
+	cp _build/epub/*.epub _build/html/
+
+_build/html/intro.html: | $(PAGES)
+	$(BIN)/jupyter-book build --warningiserror --keep-going .
 
 _build/run/%.ipynb: notebooks/%.ipynb $(wildcard simplenet_lib/*.py) $(READY)
 	$(EXECUTE)=True --output-dir _build/run $<
 
-test: lint ## check style and types, then run every test and compare every notebook
+test: lint $(PAGES) ## check style and types, then run every test and compare every notebook
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval notebooks/
 
@@ -75,11 +86,11 @@ sync: $(READY) ## build the notebooks from notebooks/py and run them, with outpu
 			notebooks/py/$$(basename $$notebook .ipynb).py && \
 		$(EXECUTE)=False --inplace $$notebook || exit 1; done
 
-# Badges and setup cells need the address, too; tests/test_book.py checks that they agree.
+# Setup cells need the address, too; tests/test_book.py checks that they agree.
 repository: ## write the repository's address everywhere: URL=https://github.com/...
 	@case "$(URL)" in https://github.com/?*/?*) ;; *) echo "make repository URL=https://github.com/NAME/REPOSITORY" >&2; exit 2 ;; esac
 	OLD=$$(sed -n 's#^  url: https://github.com/##p' _config.yml) NEW=$(URL:https://github.com/%=%) \
-		perl -pi -e 's{github(\.com)?/\Q$$ENV{OLD}\E}{"github" . ($$1 // "") . "/$$ENV{NEW}"}ge' \
+		perl -pi -e 's{github\.com/\Q$$ENV{OLD}\E}{github.com/$$ENV{NEW}}g' \
 		_config.yml $(NOTEBOOKS) $(NOTEBOOKS:notebooks/%.ipynb=notebooks/py/%.py)
 
 # torch 2.13 is avoided on purpose: next to some of its files torchvision cannot be imported.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -124,3 +127,18 @@ def pretrained():  # type: ignore[no-untyped-def]  # its type would import torch
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the book's pages, built anew with warnings as errors."""
+    root = Path(__file__).parent.parent
+    if not (root / "node_modules" / "mathjax").is_dir():
+        message = "node_modules is missing: `make test` installs it, or `npm ci`"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    output = tmp_path_factory.mktemp("book")
+    command = [str(Path(sys.executable).parent / "jupyter-book"), "build", "--warningiserror"]
+    command += ["--quiet", "--path-output", str(output), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return output / "_build" / "html"

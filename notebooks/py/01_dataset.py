@@ -9,8 +9,6 @@
 # %% [markdown]
 # # The data
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/01_dataset.ipynb)
-#
 # An inspection camera sees thousands of good parts and a handful of defects. In this chapter you
 # read such images with their masks, and you measure how far comparing them pixel by pixel gets.
 #

@@ -9,8 +9,6 @@
 # %% [markdown]
 # # Frozen features
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/02_features.ipynb)
-#
 # In this chapter you replace pixels by the inner outputs of a network that has seen a million photos, and
 # chapter 1's two lines of statistics, unchanged, become a detector.
 #

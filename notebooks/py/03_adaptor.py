@@ -9,8 +9,6 @@
 # %% [markdown]
 # # The adaptor
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/03_adaptor.ipynb)
-#
 # The frozen features come from everyday photos. In this chapter you put one linear layer behind them,
 # the adaptor, and you measure what it changes and what it cannot. Chapter 7 trains it.
 #

@@ -9,8 +9,6 @@
 # %% [markdown]
 # # Noise instead of defects
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/04_noise.ipynb)
-#
 # SimpleNet makes its own anomalies: a normal feature plus random noise. In this chapter you write
 # that one line, and you find out how large the noise has to be.
 #

@@ -9,8 +9,6 @@
 # %% [markdown]
 # # The discriminator
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/05_discriminator.ipynb)
-#
 # A small network looks at one feature vector and answers with one number: high for normal, low
 # for anomalous. You build it, train it on points in a plane and then on real vectors.
 #

@@ -9,8 +9,6 @@
 # %% [markdown]
 # # The margin loss
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/06_margin_loss.ipynb)
-#
 # The {term}`discriminator` gives scores. This chapter says what good scores are: one line of code
 # that turns normal and noisy scores into a number to minimise.
 #

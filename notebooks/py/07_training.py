@@ -9,8 +9,6 @@
 # %% [markdown]
 # # Training
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/07_training.ipynb)
-#
 # You have all the pieces: frozen features, adaptor, noise, discriminator, margin loss. Here you join them in
 # one loop, train a detector, and learn to see from its curves whether it learns anything.
 #

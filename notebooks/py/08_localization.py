@@ -9,8 +9,6 @@
 # %% [markdown]
 # # From scores to maps and verdicts
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/08_localization.ipynb)
-#
 # The trained detector gives one score to every position of a 32 x 32 grid. This chapter turns them into a map,
 # a number and a verdict, asks how good all three are, and replaces the one head by a committee.
 #

@@ -9,8 +9,6 @@
 # %% [markdown]
 # # Patches and scales
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/09_patches_and_scales.ipynb)
-#
 # So far a feature described one position of layer2 and layer3 at 256 pixels. This chapter changes
 # all three: positions become small patches, layers are added, images get larger. Then it asks
 # what each of that brings.

@@ -9,8 +9,6 @@
 # %% [markdown]
 # # Ablations and baselines
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/10_ablations.ipynb)
-#
 # Which pieces of the detector does it need, and does it need training at all? This chapter takes
 # pieces away one at a time, compares the detector with three that train no network, and asks what
 # such numbers can tell.

@@ -9,8 +9,6 @@
 # %% [markdown]
 # # Honest numbers
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/11_benchmark.ipynb)
-#
 # This chapter measures the detector on real photos and puts the numbers beside published ones. Most
 # of it is about what such a number means: which images, which state of the network, which measure,
 # and how far chance alone would move it.

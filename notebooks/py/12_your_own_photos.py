@@ -9,8 +9,6 @@
 # %% [markdown]
 # # Your own photos
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/simplenet-piece-by-piece/blob/main/notebooks/12_your_own_photos.ipynb)
-#
 # You have a folder of photos of good parts, and nothing else. This chapter makes a detector of it, asks how far its
 # verdicts can be trusted, and packs it into one file that runs without PyTorch.
 #
