@@ -43,7 +43,13 @@ SCRIPTS = (
     *("worker.js", "detector.js", "training.js", "checkpoint.js"),
 )
 NUTS = 3  # good ones to scratch
-SHOWN = ("scratch", "dent", "broken_corner", "rust", "fibre")  # defects whose answers are there before anything is loaded
+SHOWN = (
+    "scratch",
+    "dent",
+    "broken_corner",
+    "rust",
+    "fibre",
+)  # defects whose answers are there before anything is loaded
 
 #: The default preset, made light enough for a phone: fewer pixels, heads, steps and vectors.
 PAGE = preset("fast", resize=256, crop=256, heads=3, steps=200, batch_size=512)
@@ -251,14 +257,15 @@ def export(
 def in_16_bits(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Store large weights as whole numbers of 16 bits and a scale for each output channel.
 
-    Half the size of float32 and several times more exact than half precision. The runtime
-    expands them once, when it loads the graph.
+    Half the size of float32 and several times more exact than half precision. The first
+    layers are small and every error in them grows: they stay as they are. The runtime expands
+    the others once, when it loads the graph.
     """
     graph = proto.graph
     expand = []
     for tensor in list(graph.initializer):
         values = numpy_helper.to_array(tensor)
-        if tensor.data_type != TensorProto.FLOAT or values.ndim != 4:
+        if tensor.data_type != TensorProto.FLOAT or values.size < 40_000:
             continue
         scale = np.abs(values).max(axis=(1, 2, 3), keepdims=True) / 32767 + 1e-30
         whole = np.rint(values / scale).astype(np.int16)
