@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from simplenet_lib import __version__
-from simplenet_lib.config import Config, SimpleNetError
+from simplenet_lib.config import PRESETS, Config, SimpleNetError
 from simplenet_lib.dataset import (
     AnomalyDataset,
     Found,
@@ -31,7 +31,7 @@ from simplenet_lib.dataset import (
     read_file,
     shape_of,
 )
-from simplenet_lib.features import digest_of_images
+from simplenet_lib.features import TILE_STEP, digest_of_images
 from simplenet_lib.localization import (
     Prediction,
     Result,
@@ -169,8 +169,12 @@ def datasets(
     for note in checked.notes + ([test.mask_note] if test and test.mask_note else []):
         say(note)
     config = replace(config, white=checked.white or config.white)
+    ratio, side = shape_of(normal.samples)
     if config.ratio == 0:
-        config = replace(config, ratio=round(shape_of(normal.samples), 3))
+        config = replace(config, ratio=round(ratio, 3))
+    if config.tile and config.resize == PRESETS[config.preset].resize:
+        side = TILE_STEP * round(side / TILE_STEP)
+        config = replace(config, resize=side, crop=side)
     for split in splits:
         split.transform = make_transform(config.size, config.seen)
         split.white = config.white
@@ -464,10 +468,30 @@ def measured_runs(kind: str = "") -> list[dict[str, Any]]:
         first edition's default, one head, ``"first"``, ``"first_ablation"``,
         ``"first_steps"`` and ``"first_photos"``.
     """
-    # An installed library carries them inside; in a checkout they lie beside it.
+    return read_runs(_results() / kind)
+
+
+def scoreboard() -> tuple[list[int], dict[str, list[float]]]:
+    """Labels of the 60 test nuts, and every detector's image scores of them.
+
+    The detectors come in the order in which the book builds them; the file is written by
+    ``benchmarks/scoreboard.py``.
+
+    Examples
+    --------
+    >>> labels, scores = scoreboard()
+    >>> len(labels), sum(labels), list(scores)[0]
+    (60, 40, 'pixel statistics')
+    """
+    board = json.loads((_results() / "nuts" / "scoreboard.json").read_text())
+    return board["labels"], board["scores"]
+
+
+def _results() -> Path:
+    """The folder of measured runs: inside an installed library, in a checkout beside it."""
     package = Path(__file__).parent
     inside = package / "results"
-    return read_runs((inside if inside.is_dir() else package.parent / "results") / kind)
+    return inside if inside.is_dir() else package.parent / "results"
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
@@ -504,7 +528,7 @@ def is_done(path: Path, dataset: str, category: str, config: Config) -> bool:
         return False
     run = read_run(path)
     wanted = [dataset, category, json.loads(config.to_json())]
-    config_found = {"white": 0.0, **run.get("config", {})}  # runs before there was a white
+    config_found = {"white": 0.0, "tile": 0, **run.get("config", {})}  # older runs lack them
     if [run.get("dataset"), run.get("category"), config_found] != wanted:
         raise SimpleNetError(
             f"{path}: a run of another data set or configuration. Move it away, or choose"

@@ -190,6 +190,13 @@ def train(
             " from their highest value.",
         ),
     ] = 0,
+    tile: Annotated[
+        int,
+        typer.Option(
+            help="For small defects in large photos: look at them at their own resolution, in"
+            " overlapping tiles of so many pixels, such as 640.",
+        ),
+    ] = 0,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Train without the files that cannot be read.")
     ] = False,
@@ -206,7 +213,7 @@ def train(
     keeps what was learned: the same command goes on from there. A model that is
     there already is never overwritten.
     """
-    config = _changed(preset_named(preset, seed=seed, white=white), changes or [])
+    config = _changed(preset_named(preset, seed=seed, white=white, tile=tile), changes or [])
     if max_false_alarms is not None:
         config = replace(config, false_alarms=max_false_alarms)
     data, category = _find_data(data, category)
@@ -375,10 +382,11 @@ def evaluate(
     """Evaluate a trained model on test images: metrics, a table, and the wrong verdicts.
 
     Without --data it takes the test images that lay beside those of the training,
-    and refuses if they have changed since.
+    and refuses if they have changed since. Images that cannot be read are named and
+    left out, and the exit code is then 3.
     """
     from simplenet_lib.benchmark import compare, digest_of, trained_on
-    from simplenet_lib.dataset import AnomalyDataset, make_transform
+    from simplenet_lib.dataset import AnomalyDataset, check, make_transform
     from simplenet_lib.localization import check_both_kinds, check_threshold
     from simplenet_lib.localization import predict as predict_images
     from simplenet_lib.model import checkpoint_in
@@ -401,6 +409,11 @@ def evaluate(
     test = AnomalyDataset(data, category, "test", transform, net.config.white)
     for sentence in filter(None, (test.found.summary(), test.mask_note)):
         _say_of(category)(sentence)
+    damaged = check(test.samples, net.config.white, progress=True).damaged
+    if damaged:
+        count, reasons = len(damaged), " ".join(damaged.values())
+        _say_of(category)(f"{count} of the test images cannot be read: {reasons}")
+        test.samples = [sample for sample in test.samples if sample.image not in damaged]
     check_both_kinds(test.samples)
     if digest not in (None, digest_of(test.samples)):
         raise SimpleNetError(
@@ -421,6 +434,8 @@ def evaluate(
         if len(wrong) > 20:
             print(f"and {len(wrong) - 20} more in the table")
     print(output)
+    if damaged:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -461,6 +476,7 @@ def predict(
     the exit code is then 3. What an earlier `predict` wrote to the folder is
     replaced.
     """
+    from simplenet_lib.dataset import has_pages
     from simplenet_lib.localization import check_threshold, results
     from simplenet_lib.outputs import TABLE, PredictionFolder, check_folder
 
@@ -489,6 +505,8 @@ def predict(
         raise typer.Exit(130) from None
     count = len(found) - len(damaged)
     print(f"{anomalous} of {count} images are anomalous (score above {threshold:g}).")
+    if several := sum(map(has_pages, set(found).difference(damaged))):
+        print(f"{several} of them have several pages or frames: the first of each is what counts.")
     if 2 * unfamiliar > count:
         print(
             f"{unfamiliar} of them look unlike the training photos as a whole (other light, focus,"
@@ -635,6 +653,10 @@ def _find_data(data: Path | None, category: str | None) -> tuple[Path, str | Non
 def _changed(config: Config, changes: list[str]) -> Config:
     """Apply ``--set NAME=VALUE``; the configuration checks names, types and ranges itself."""
     values: dict[str, Any] = json.loads(config.to_json())
+    if config.crop == config.resize and not any(change.startswith("crop=") for change in changes):
+        changes = changes + [
+            change.replace("resize=", "crop=") for change in changes if change.startswith("resize=")
+        ]  # nothing is cut off
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in values or name == "preset":

@@ -37,6 +37,11 @@ class Config:
         What white is in images of more than 8 bits or of floating point; 0 for what the
         training photos' highest value says, which
         :func:`simplenet_lib.benchmark.datasets` fills in if there are such images.
+    tile : int
+        Side in pixels of the overlapping tiles in which the network sees a photo at its own
+        resolution: for small defects in large photos. Unless ``resize`` was set,
+        :func:`simplenet_lib.benchmark.datasets` fills in the training photos' own. 0 for
+        the whole photo at once.
     border : {"reflect", "zeros"}
         What a convolution of the backbone sees beyond its map.
     neighbourhood : int
@@ -88,6 +93,7 @@ class Config:
     crop: int
     ratio: float = 0.0
     white: float = 0.0
+    tile: int = 0
     border: str = "reflect"
     neighbourhood: int
     standardise: bool
@@ -119,10 +125,11 @@ class Config:
         if not self.layers or not all(isinstance(layer, str) for layer in self.layers):
             raise SimpleNetError("configuration: layers must name at least one layer.")
         limits = {
-            "resize": (32, 4096),
+            "resize": (32, 8192),
             "crop": (32, self.resize),
             "ratio": (0, 10),
             "white": (0, 2**32),
+            "tile": (0, 8192),
             "neighbourhood": (1, 15),
             "adaptor_channels": (1, 16384),
             "hidden_channels": (1, 16384),
@@ -145,6 +152,10 @@ class Config:
                 raise SimpleNetError(
                     f"configuration: {name} is {value}, outside {low:g} to {high:g}."
                 )
+        if 0 < self.tile < 256:
+            raise SimpleNetError(
+                f"configuration: tile is {self.tile}; tiles need 256 pixels or more, or 0 for none."
+            )
         choices = {"border": ("reflect", "zeros"), "loss": ("margin", "cross-entropy")}
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -56,6 +56,7 @@ FORMATS = tuple(
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 SUFFIXES |= {".jif", ".mpo"}
 TURNED = (5, 6, 7, 8)  # EXIF orientations of a camera held upright
+PAGED = {".tif", ".tiff", ".gif", ".webp", ".apng"}  # may have several pages or frames
 
 #: What systems and programs put beside photos, in lower case; and all that starts with a dot.
 SYSTEM = {
@@ -743,13 +744,18 @@ def as_seen(picture: Image.Image, transform: Transform) -> Tensor:
     return image.as_subclass(Tensor)
 
 
-def shape_of(samples: Sequence[Sample]) -> float:
-    """Median height over width of some photos, as their files' headers state it, upright."""
-    ratios = []
+def shape_of(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Median height over width of some photos, upright, and median side √(height · width).
+
+    As their files' headers state it.
+    """
+    shapes = []
     for sample in samples:
         (width, height), orientation = _header(sample.image)
-        ratios.append(width / height if orientation in TURNED else height / width)
-    return float(np.median(ratios))
+        ratio = width / height if orientation in TURNED else height / width
+        shapes.append((ratio, math.sqrt(width * height)))
+    ratio, side = np.median(shapes, axis=0)
+    return float(ratio), float(side)
 
 
 @dataclass
@@ -804,7 +810,7 @@ def check(samples: Sequence[Sample], white: float = 0, *, progress: bool = False
     """
     checked = Checked()
     deep: dict[str, Path] = {}
-    highest, usual, several = 0.0, [], 0
+    highest, usual, several, colours = 0.0, [], 0, 0
     with (
         ThreadPoolExecutor(os.cpu_count()) as readers,
         tqdm(total=len(samples), desc="check", unit="image", disable=not progress, delay=1) as bar,
@@ -815,6 +821,7 @@ def check(samples: Sequence[Sample], white: float = 0, *, progress: bool = False
                 checked.damaged[sample.image] = error
                 continue
             several += levels.pages > 1
+            colours += levels.deep_colour
             if sample.label:
                 continue
             if levels.depth:
@@ -831,6 +838,11 @@ def check(samples: Sequence[Sample], white: float = 0, *, progress: bool = False
     if several:
         checked.notes.append(
             f"{several} of the files have several pages or frames: the first of each is read."
+        )
+    if colours:
+        checked.notes.append(
+            f"{colours} of the files hold colours of 16 bits, of which the upper 8 are read. If"
+            " they use a small part of these, save them as 8 bits, or as grey."
         )
     bright = max((levels.bright(checked.white) for levels in usual), default=1)
     if bright < 1 / 8:
@@ -851,6 +863,7 @@ class _Levels:
     highest: float
     usual: float
     pages: int
+    deep_colour: bool
 
     def bright(self, white: float) -> float:
         return self.usual / (white if self.depth else 255)
@@ -865,20 +878,25 @@ def _levels(sample: Sample) -> tuple[_Levels | None, str]:
             read_mask(sample.mask)
     except SimpleNetError as error:
         return None, str(error)
-    pages = _pages(data)
+    about = _pages(data), _has_deep_colour(data)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         finite = values[np.isfinite(values)] if image.mode == "F" else values
         if not finite.size:
             finite = np.zeros(1)
         usual = float(np.percentile(finite.ravel()[::7], 99.9))
-        return _Levels(image.mode[0], float(finite.max()), usual, pages), ""
+        return _Levels(image.mode[0], float(finite.max()), usual, *about), ""
     # Of a palette and of ink the highest value says nothing.
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        return _Levels("", 255, 255, pages), ""
+        return _Levels("", 255, 255, *about), ""
     bands = image.getextrema()
     highest = float(max(np.ravel(bands[:3] if image.mode.startswith("RGB") else bands)[1::2]))
-    return _Levels("", highest, highest, pages), ""
+    return _Levels("", highest, highest, *about), ""
+
+
+def has_pages(path: Path) -> bool:
+    """Whether an image file, of which the first page is read, has others."""
+    return path.suffix.lower() in PAGED and _pages(read_file(path)) > 1
 
 
 def _pages(data: bytes) -> int:
@@ -888,6 +906,12 @@ def _pages(data: bytes) -> int:
             return getattr(file, "n_frames", 1)
     except Exception:  # as in _open; the first page was read
         return 1
+
+
+def _has_deep_colour(data: bytes) -> bool:
+    """Whether an image holds more than 8 bits a colour: Pillow reads the upper ones."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        return file.mode.startswith("RGB") and ";16" in str(getattr(file, "tile", ""))
 
 
 class ImageFiles(Dataset[Item]):

@@ -58,8 +58,14 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
     Raises
     ------
     SimpleNetError
-        If the packages for the export are missing, or ``path`` cannot be written.
+        If the packages for the export are missing, ``path`` cannot be written, or the model
+        looks at photos in tiles.
     """
+    if model.config.tile:
+        raise SimpleNetError(
+            "a model that looks at photos in tiles cannot be exported: one graph would hold the"
+            " backbone once for every tile. Train without --tile and with --set resize=…, crop=…."
+        )
     try:
         import onnx
         import onnxscript  # noqa: F401  the exporter needs it

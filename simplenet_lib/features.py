@@ -32,6 +32,8 @@ from simplenet_lib.drift import describe
 from simplenet_lib.weights import Weights, torchvision_url
 
 FEATURE_BATCH = 8
+TILE_OVERLAP = 96  # pixels around a tile that it sees and that do not count: no seam shows
+TILE_STEP = 32  # tiles meet at a position of every layer
 READERS = min(16, os.cpu_count() or 1)  # threads that decode images
 CACHE_LIMIT_BYTES = 32 * 10**9
 
@@ -228,7 +230,70 @@ class Standardise(nn.Module):
         return (features - self.mean) / self.std
 
 
-def batches(items: Iterable[Item]) -> Iterator[dict[str, Tensor]]:
+def over_tiles(
+    images: Tensor, tile: int, look: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Look at large images in overlapping tiles, and join what is found to one map.
+
+    Where tiles overlap, each contributes the half that lies further from its edge.
+
+    Parameters
+    ----------
+    images : Tensor
+        (N, 3, H, W).
+    tile : int
+        Side of a tile in pixels; 0 to look at the whole images at once.
+    look : callable
+        Takes images, returns maps (N, h, w, C) and descriptions (N, D).
+
+    Returns
+    -------
+    maps, descriptions : Tensor
+        Those of the whole images; the descriptions are means over the tiles.
+    """
+    height, width = images.shape[-2:]
+    if not tile or max(height, width) <= tile:
+        return look(images)
+    whole, described = torch.empty(0), torch.zeros(())
+    for y, top, bottom in _cuts(height, tile):
+        for x, left, right in _cuts(width, tile):
+            part = images[..., y : min(bottom + TILE_OVERLAP, height), :]
+            part = part[..., x : min(right + TILE_OVERLAP, width)]
+            map_, description = look(part)
+            stride = math.ceil(part.shape[-1] / map_.shape[2])
+            if not whole.numel():
+                cells = math.ceil(height / stride), math.ceil(width / stride)
+                whole = map_.new_empty(len(images), *cells, map_.shape[3])
+                described = torch.zeros_like(description)
+            rows = slice(top // stride, math.ceil(bottom / stride))
+            columns = slice(left // stride, math.ceil(right / stride))
+            whole[:, rows, columns] = map_[
+                :,
+                rows.start - y // stride : rows.stop - y // stride,
+                columns.start - x // stride : columns.stop - x // stride,
+            ]
+            share = (bottom - top) * (right - left) / (height * width)
+            described = described + description * share
+    return whole, described
+
+
+def _cuts(length: int, tile: int) -> list[tuple[int, int, int]]:
+    """Where a tile starts, and the first and last pixel that count, along one side."""
+    edges = [0]
+    while length - edges[-1] > tile - (TILE_OVERLAP if len(edges) > 1 else 0):
+        widest = tile - TILE_OVERLAP * min(2, len(edges))
+        edges.append(edges[-1] + widest // TILE_STEP * TILE_STEP)
+    return [
+        (max(0, first - TILE_OVERLAP), first, last) for first, last in pairwise([*edges, length])
+    ]
+
+
+def at_once(tile: int) -> int:
+    """Images in a batch: those that take tiles are large and go one by one."""
+    return 1 if tile else FEATURE_BATCH
+
+
+def batches(items: Iterable[Item], count: int = FEATURE_BATCH) -> Iterator[dict[str, Tensor]]:
     """Batches of a dataset's items, each read while the one before is worked on.
 
     A thread reads them. Unlike processes it leaves nothing behind when the
@@ -237,7 +302,7 @@ def batches(items: Iterable[Item]) -> Iterator[dict[str, Tensor]]:
     waiting = iter(items)
 
     def read() -> dict[str, Tensor] | None:
-        some = list(islice(waiting, FEATURE_BATCH))
+        some = list(islice(waiting, count))
         return default_collate(some) if some else None
 
     try:
@@ -255,15 +320,17 @@ One = TypeVar("One")
 Read = TypeVar("Read")
 
 
-def ahead(read: Callable[[One], Read], ones: Iterable[One]) -> Iterator[Read]:
+def ahead(
+    read: Callable[[One], Read], ones: Iterable[One], count: int = FEATURE_BATCH
+) -> Iterator[Read]:
     """``read`` of every one, in order, by as many threads as there are cores.
 
-    A batch and a little more is read before it is asked for, never more: memory does not
-    grow with the number of images.
+    A batch of ``count`` and a little more is read before it is asked for, never more: memory
+    does not grow with the number of images.
     """
     waiting = iter(ones)
     with ThreadPoolExecutor(READERS) as readers:
-        coming = deque(readers.submit(read, one) for one in islice(waiting, FEATURE_BATCH))
+        coming = deque(readers.submit(read, one) for one in islice(waiting, count))
         try:
             while coming:
                 coming.extend(readers.submit(read, one) for one in islice(waiting, 1))
@@ -343,7 +410,12 @@ def cache_folder() -> Path:
 
 
 def cached_features(
-    extractor: FrozenFeatures, dataset: ImageFiles, key: str, *, progress: bool = True
+    extractor: FrozenFeatures,
+    dataset: ImageFiles,
+    key: str,
+    *,
+    tile: int = 0,
+    progress: bool = True,
 ) -> FeatureMaps:
     """Pass every image through the backbone once, ever.
 
@@ -360,6 +432,8 @@ def cached_features(
         The images.
     key : str
         Everything else the features depend on: weights, layers, preprocessing.
+    tile : int
+        See :func:`over_tiles`.
     progress : bool
         Show a progress bar on stderr.
 
@@ -384,17 +458,20 @@ def cached_features(
         except Exception:  # not there, or damaged in whatever way
             return dataset.item(index, data)
 
+    def look(images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = extractor.outputs(images)
+        return extractor.join(outputs).half().cpu(), describe(images, outputs[0]).cpu()
+
     device = next(extractor.parameters()).device
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(dataset), desc="features", unit="image", disable=not progress) as bar:
-            reading = ahead(missing, range(len(dataset)))
-            for batch in batches(item for item in reading if item is not None):
-                images = batch["image"].to(device)
+            reading = ahead(missing, range(len(dataset)), at_once(tile))
+            needed = (item for item in reading if item is not None)
+            for batch in batches(needed, at_once(tile)):
                 with torch.inference_mode():
-                    outputs = extractor.outputs(images)
-                    half = extractor.join(outputs).half().cpu().contiguous()
-                    descriptions = describe(images, outputs[0]).cpu()
+                    half, descriptions = over_tiles(batch["image"].to(device), tile, look)
+                half = half.contiguous()
                 # Features come from a ReLU and are never negative: the largest one says it all.
                 if not torch.isfinite(half.amax()):
                     raise SimpleNetError("the features overflow half precision: wrong weights?")

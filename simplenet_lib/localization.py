@@ -30,7 +30,7 @@ from simplenet_lib.dataset import (
     seen_box,
 )
 from simplenet_lib.drift import describe
-from simplenet_lib.features import FEATURE_BATCH, ahead, batches
+from simplenet_lib.features import ahead, at_once, batches, over_tiles
 from simplenet_lib.metrics import EIGHT_NEIGHBOURS, image_metrics, pixel_metrics
 
 if TYPE_CHECKING:  # the model imports this module, not the other way round
@@ -307,9 +307,14 @@ def judge(model: SimpleNet, images: Tensor) -> list[tuple[Map, float, list[str]]
     model.eval()
     config = model.config
     images = images.to(next(model.parameters()).device)
-    outputs = model.features.outputs(images)
-    scores = model.committee(model.score_maps(outputs))
-    drift = model.drift(describe(images, outputs[0]))
+
+    def look(images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = model.features.outputs(images)
+        return model.score_maps(outputs).permute(1, 2, 3, 0), describe(images, outputs[0])
+
+    maps_of_heads, description = over_tiles(images, config.tile, look)
+    scores = model.committee(maps_of_heads.permute(3, 0, 1, 2))
+    drift = model.drift(description)
     maps = model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
     highest = image_score(maps)
     if not highest.isfinite().all():
@@ -334,7 +339,8 @@ def predict(
         Show a progress bar on stderr.
     """
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
-        for batch in batches(ahead(dataset.item, range(len(dataset)))):
+        count = at_once(model.config.tile)
+        for batch in batches(ahead(dataset.item, range(len(dataset)), count), count):
             for index, mask, (map_, score, unfamiliar) in zip(
                 batch["index"].tolist(),
                 batch["mask"].numpy(),
@@ -394,12 +400,12 @@ def results(
         shrink = math.ceil(math.sqrt(size[0] * size[1] / PICTURE_PIXELS))
         return image, picture.reduce(shrink) if shrink > 1 else picture, size
 
-    every = range(len(sources))
+    every, count = range(len(sources)), at_once(config.tile)
     # A single image, as from a camera, needs no thread.
-    reading = ahead(read, every) if len(sources) > 1 else iter(map(read, every))
+    reading = ahead(read, every, count) if len(sources) > 1 else iter(map(read, every))
     numbers = iter(every)
     with tqdm(total=len(sources), desc="predict", unit="image", disable=not progress) as bar:
-        while some := list(islice(reading, FEATURE_BATCH)):
+        while some := list(islice(reading, count)):
             images = [one[0] for one in some if not isinstance(one, SimpleNetError)]
             judged = iter(judge(model, torch.stack(images)) if images else ())
             for one in some:

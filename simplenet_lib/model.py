@@ -216,7 +216,9 @@ class SimpleNet(nn.Module):
                 config.border,
                 config.size,
                 config.seen,
-                *([config.white] if config.white else []),  # 8 bits: as before there was any
+                # Named only where they are asked for: as before there were any.
+                *([config.white] if config.white else []),
+                *([f"tile {config.tile}"] if config.tile else []),
             ]
         )
 

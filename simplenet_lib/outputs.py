@@ -269,7 +269,10 @@ def check_evaluation(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(len(BOM) + 11) != BOM + b"image,kind,":
                 raise SimpleNetError(f"{path}: exists and is something else. Choose another.")
-    check_writable(path.parent)
+    try:
+        check_writable(path.parent)
+    except SimpleNetError as error:
+        raise SimpleNetError(f"{error} Or name a file elsewhere with --output.") from error
 
 
 def write_evaluation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -10,10 +10,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from PIL import Image, ImageChops, ImageDraw
 
 from simplenet_lib.config import Config
 from simplenet_lib.dataset import read_image, seen_box
+from simplenet_lib.metrics import auroc_deviation, image_metrics
 
 if TYPE_CHECKING:
     from simplenet_lib.localization import Prediction
@@ -134,4 +136,43 @@ def gallery(predictions: Sequence[Prediction], config: Config) -> Figure:
             axis.set_yticks([])
     for axis, name in zip(axes[:, 0], ("image", "marked defect", "anomaly map"), strict=True):
         axis.set_ylabel(name, fontsize=9)
+    return figure
+
+
+def scoreboard(
+    scores: Mapping[str, ArrayLike], labels: ArrayLike, new: Collection[str] = ()
+) -> Figure:
+    """Draw the image AUROC of several detectors on the same test images.
+
+    A bar is the standard deviation over other test images, see
+    :func:`simplenet_lib.metrics.auroc_deviation`.
+
+    Parameters
+    ----------
+    scores : mapping of str to (n,) array
+        Every detector's image scores; high is anomalous. The first is drawn at the top.
+    labels : (n,) array
+        1 for a defect, 0 for a normal image.
+    new : collection of str
+        Detectors to draw in colour; the others are grey.
+
+    Examples
+    --------
+    >>> figure = scoreboard({"pixels": [1, 3, 2, 4], "features": [1, 2, 3, 4]}, [0, 0, 1, 1])
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['pixels', 'features']
+    """
+    labels = np.asarray(labels)
+    normal, defect = int((labels == 0).sum()), int((labels == 1).sum())
+    figure, axes = plt.subplots(figsize=(6.5, 0.5 + 0.42 * len(scores)), layout="constrained")
+    for row, (name, values) in enumerate(scores.items()):
+        auroc = image_metrics(labels, np.asarray(values))["image_auroc"]
+        error = auroc_deviation(auroc, normal, defect)
+        colour = seaborn.color_palette("colorblind")[2] if name in new else "0.4"
+        axes.errorbar(auroc, row, xerr=error, fmt="o", color=colour, capsize=3)
+        axes.annotate(f"{auroc:.3f}", (1.02, row), va="center", color=colour, annotation_clip=False)
+    axes.axvline(0.5, color="0.8", linewidth=1, zorder=0)
+    axes.set(xlim=(0.4, 1.0), ylim=(len(scores) - 0.5, -0.5))
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.set_xlabel(f"image AUROC, {normal} normal and {defect} defective test images")
     return figure

@@ -423,7 +423,9 @@ def train(
     model = SimpleNet(config, find_weights(config.backbone, weights)).to(device)
 
     start = time.perf_counter()
-    features = cached_features(model.features, dataset, model.feature_key(), progress=progress)
+    features = cached_features(
+        model.features, dataset, model.feature_key(), tile=config.tile, progress=progress
+    )
     seconds_features = time.perf_counter() - start
 
     start = time.perf_counter()

@@ -130,6 +130,35 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 # Once through -------------------------------------------------------------------------
 
 
+def test_large_photos_are_seen_at_their_own_resolution_in_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Path("good").mkdir()
+    for number in range(3):
+        photo = rng.normal(120, 6, (300, 560)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(photo).save(f"good/{number}.png")
+    kept = [change for change in TINY if not change.startswith(("resize", "crop"))]
+    options = [part for change in kept for part in ("--set", change)]
+    simplenet("train", "--data", "good", "--output", "run", "--tile", "256", *options)
+    config = json.loads(Path("run/metrics.json").read_text())["config"]
+    # 300 x 560 has the area of a square of 410 pixels: not the preset's 384.
+    assert (config["tile"], config["resize"], config["crop"]) == (256, 416, 416)
+    simplenet("predict", "run", "good", "--output", "out", "--save-maps")
+    assert np.load("out/maps/0.npy").shape == (300, 560)
+    assert "in tiles cannot be exported" in refused("export", "run")
+    assert "tile is 100" in refused("train", "--data", "good", "--tile", "100")
+
+
+def test_a_changed_size_cuts_nothing_off(data: Path) -> None:
+    changes = [change for change in TINY if not change.startswith("crop")]
+    options = [part for change in changes for part in ("--set", change)]
+    simplenet("train", "--data", data, "--output", "run", *options)
+    config = json.loads(Path("run/metrics.json").read_text())["config"]
+    assert config["crop"] == config["resize"] == 64
+
+
 def test_train_writes_model_metrics_and_examples(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} == {
         "model.safetensors",
@@ -190,6 +219,26 @@ def test_evaluate_agrees_with_train(trained: Path, pristine: Path) -> None:
     assert f"AUPRO (to 30% FPR)               {metrics['aupro']:.3f}" in printed
     assert f"false alarms at the threshold    {metrics['false_alarm_rate']:.3f}" in printed
     assert f"defects found at the threshold   {metrics['detection_rate']:.3f}" in printed
+
+
+def test_evaluate_leaves_out_what_cannot_be_read(trained: Path, data: Path) -> None:
+    broken = data / "cloth/test/hole/000.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    simplenet("train", "--data", data, "--output", "run", "--skip-damaged", *SET)
+    result = CliRunner().invoke(app, ["evaluate", "run"])  # the same images as in training
+    assert result.exit_code == 3
+    assert f"1 of the test images cannot be read: {broken.resolve()}" in result.stdout
+    assert "AUROC" in result.stdout
+    with Path("run/evaluation.csv").open(newline="", encoding="utf-8-sig") as file:
+        assert len(list(csv.DictReader(file))) == 6
+
+
+def test_predict_says_which_page_it_read(trained: Path, data: Path) -> None:
+    with Image.open(data / "cloth/test/good/000.png") as page:
+        page.save("several.tif", save_all=True, append_images=[page, page])
+        page.save("one.tif")
+    printed = simplenet("predict", trained, "several.tif", "one.tif")
+    assert "1 of them have several pages or frames: the first of each is what counts." in printed
 
 
 def test_same_seed_same_model_and_the_seed_is_recorded(

@@ -431,6 +431,27 @@ def test_of_several_pages_the_first_is_read_and_that_is_said(tmp_path, format):
     assert note == "1 of the files have several pages or frames: the first of each is read."
 
 
+def test_colours_of_16_bits_are_read_by_the_upper_8_and_that_is_said(tmp_path):
+    """Pillow writes no such file: the PNG is made by hand."""
+    values = np.array([[[0x1234, 0x80FF, 0xFF00], [0x00FF, 0x4321, 0xABCD]]], dtype=">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        check_sum = struct.pack(">I", zlib.crc32(name + body))
+        data += struct.pack(">I", len(body)) + name + body + check_sum
+    path = tmp_path / "deep.png"
+    path.write_bytes(data)
+    assert (np.asarray(read_image(path)) == values // 256).all()
+    assert [note for note in check([Sample(path, "good")]).notes if "16 bits" in note] == [
+        "1 of the files hold colours of 16 bits, of which the upper 8 are read. If they"
+        " use a small part of these, save them as 8 bits, or as grey."
+    ]
+    eight = save(tmp_path / "eight.png", color=(255, 255, 255))
+    assert check([Sample(eight, "good")]).notes == []
+
+
 # What a viewer does to the stored pixels, by EXIF orientation (numbers of the EXIF standard).
 UPRIGHT = {
     1: lambda stored: stored,

@@ -39,6 +39,7 @@ from simplenet_lib.features import (
     batches,
     build_backbone,
     cached_features,
+    over_tiles,
     reflect_border,
 )
 from simplenet_lib.weights import Weights, digest_of
@@ -1066,3 +1067,48 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SIMPLENET_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert features.cache_folder() == tmp_path / "home" / ".cache" / "simplenet"
+
+
+# Large images in tiles ----------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    height=st.integers(40, 120).map(lambda cells: 8 * cells),
+    width=st.integers(300, 900),
+    tile=st.integers(256, 1000),
+)
+def test_tiles_join_to_what_the_whole_image_gives(height: int, width: int, tile: int) -> None:
+    """A look that sees 8 x 8 pixels and their neighbours gives the same, tiled or not."""
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def look(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(part.shape[-2:])
+        cells = F.avg_pool2d(part, 8, ceil_mode=True)
+        around = F.avg_pool2d(F.pad(cells, (1, 1, 1, 1)), 3, stride=1)
+        return torch.cat([cells, around], dim=1).permute(0, 2, 3, 1), torch.ones(1, 2)
+
+    whole, _ = look(image)
+    seen.clear()
+    joined, described = over_tiles(image, tile, look)
+    torch.testing.assert_close(joined, whole)
+    torch.testing.assert_close(described, torch.ones(1, 2))  # the tiles' shares add up to 1
+    assert max(max(sides) for sides in seen) <= tile
+    if max(height, width) > tile:
+        assert len(seen) > 1
+
+
+def test_features_in_tiles_are_nearly_those_of_the_whole_image() -> None:
+    extractor = FrozenFeatures("resnet18", LAYERS, random_weights("resnet18"), 3, "reflect")
+    image = torch.rand(1, 3, 320, 704, generator=torch.Generator().manual_seed(0))
+
+    def look(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return extractor(part), torch.zeros(1, 1)
+
+    with torch.inference_mode():
+        whole, _ = look(image)
+        joined, _ = over_tiles(image, 320, look)
+    error = (joined - whole).norm(dim=-1) / whole.norm(dim=-1)
+    assert joined.shape == whole.shape
+    assert error.max() < 0.02
