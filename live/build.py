@@ -211,9 +211,11 @@ class TrainingStep:
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient.square()
             steps = step + 1
-            size = (second[name] / (1 - torch.pow(0.999, steps))).sqrt() + 1e-8
-            change = first[name] / (1 - torch.pow(0.9, steps)) / size
-            new[name] = values[name] * (1 - rate * decay) - rate * change
+            # 1e4: the exporter takes a bare 1e-8 for 0 and leaves it out, and a factor of
+            # 1 - rate * decay for 1.
+            size = 1e4 * (second[name] / (1 - torch.pow(0.999, steps))).sqrt() + 1e-4
+            change = 1e4 * first[name] / (1 - torch.pow(0.9, steps)) / size
+            new[name] = values[name] - rate * (change + decay * values[name])
         weight = 1 - torch.clamp((1 + step) / (10 + step), max=config.averaging)
         for name in averages:
             averages[name] = averages[name] + weight * (new[name] - averages[name])

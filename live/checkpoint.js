@@ -59,9 +59,10 @@ export function asModel({ tensors, metadata }, page) {
     throw new Fault(`is not a model that this page reads (${found}, not ${page.format}).`);
   }
   const config = JSON.parse(metadata.config);
-  for (const name of ["backbone", "layers", "border", "neighbourhood"]) {
-    if (JSON.stringify(config[name]) !== JSON.stringify(page.config[name])) {
-      throw new Fault(`was trained with ${name} ${JSON.stringify(config[name])}; this page has ${JSON.stringify(page.config[name])} only, as the preset fast.`);
+  for (const name of ["backbone", "layers", "border", "neighbourhood", "tile"]) {
+    const [found, here] = [config, page.config].map((one) => JSON.stringify(one[name] ?? 0));
+    if (found !== here) {
+      throw new Fault(`was trained with ${name} ${found}; this page can do ${here} only, as in the preset fast.`);
     }
   }
   if (metadata.weights !== page.weights) {

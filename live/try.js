@@ -96,7 +96,7 @@ function drawNut() {
   const context = $("nut-photo").getContext("2d", { willReadFrequently: true });
   if (nut.image) context.drawImage(nut.image, 0, 0, 256, 256);
   context.lineCap = context.lineJoin = "round";
-  for (const [width, colour, shift] of [[3.5, "#1d1c1b", 0], [1, "#efece6", 1.8]]) {
+  for (const [width, colour, shift] of [[2, "#3d3b39", 0], [0.7, "#d8d5cf", 1.2]]) {
     Object.assign(context, { lineWidth: width, strokeStyle: colour });
     for (const stroke of nut.strokes) {
       context.beginPath();
@@ -187,7 +187,7 @@ const info = await (await fetch(new URL("info.json", HERE))).json();
 for (const { kind, photo, map, score } of info.answers) {
   const figure = document.createElement("figure"), caption = document.createElement("figcaption");
   for (const [src, alt] of [[photo, `A nut, ${kind}`], [map, `Its anomaly map, ${verdict(score)}`]]) {
-    figure.append(Object.assign(new Image(128, 128), { src: new URL(src, HERE), alt }));
+    figure.append(Object.assign(new Image(160, 160), { src: new URL(src, HERE), alt }));
   }
   caption.textContent = `${kind}: ${score.toFixed(2)}, ${score > 1 ? "anomalous" : "normal"}`;
   figure.append(caption);
