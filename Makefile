@@ -38,13 +38,14 @@ $(PAGES): package.json package-lock.json $(READY)
 
 # Every notebook runs once more, beside the committed one: what a reader sees must still run.
 # --all: Sphinx shows the warnings of a page only when it reads that page anew.
-book: $(NOTEBOOKS:notebooks/%=_build/run/%) ## run the notebooks and render the book into _build/html
+book: $(NOTEBOOKS:notebooks/%=_build/run/%) $(PAGES) ## run the notebooks and render the book into _build/html
 	$(BIN)/jupyter-book build --all --warningiserror --keep-going .
+	$(BIN)/python live/build.py _build/html
 
 _build/run/%.ipynb: notebooks/%.ipynb $(wildcard simplenet_lib/*.py) $(READY)
 	$(EXECUTE)=True --output-dir _build/run $<
 
-test: lint ## check style and types, then run every test and compare every notebook
+test: lint $(PAGES) ## check style and types, then run every test and compare every notebook
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval notebooks/
 

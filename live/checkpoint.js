@@ -62,7 +62,7 @@ export function asModel({ tensors, metadata }, page) {
   for (const name of ["backbone", "layers", "border", "neighbourhood", "tile"]) {
     const [found, here] = [config, page.config].map((one) => JSON.stringify(one[name] ?? 0));
     if (found !== here) {
-      throw new Fault(`was trained with ${name} ${found}; this page can do ${here} only, as in the preset fast.`);
+      throw new Fault(`was trained with ${name} ${found}; this page reads models with ${name} ${here}, as the preset fast has it.`);
     }
   }
   if (metadata.weights !== page.weights) {

@@ -160,10 +160,11 @@ function droppable(element, use) {
   element.addEventListener("dragover", (event) => event.preventDefault());
   element.addEventListener("drop", (event) => {
     event.preventDefault();
+    if ($("own-train").disabled) return; // a training runs
     const files = [...event.dataTransfer.files];
     const model = files.find(({ name }) => name.endsWith(".safetensors"));
     if (model) openModel(model);
-    else if (!running) use(files);
+    else use(files);
   });
 }
 

@@ -45,11 +45,14 @@ export function loaded(bar, status) {
   loading ??= ask("load", {}, ({ done, total }) => {
     for (const id of ["nut-bar", "own-bar"]) Object.assign($(id), { max: total, value: done });
     say(status, done < total ? `Loading: ${megabytes(done)} of ${megabytes(total)}` : "Starting …");
-  });
-  return loading.then(keep, (error) => {
-    loading = undefined;
-    throw error;
-  }).finally(() => { $(bar).hidden = true; });
+  }).then(
+    () => { keep(); },
+    (error) => {
+      loading = undefined;
+      throw error;
+    },
+  );
+  return loading.finally(() => { $(bar).hidden = true; });
 }
 
 // What was loaded is kept, so that the page works without a network.

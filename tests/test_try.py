@@ -193,7 +193,7 @@ def test_the_page_s_checkpoint_predicts_the_same(
     command = ["predict", report["checkpoint"], *report["test"], "--output", str(output)]
     done = CliRunner().invoke(app, [*command, "--weights", str(weights), "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    with (output / "predictions.csv").open() as table:
+    with (output / "predictions.csv").open(encoding="utf-8-sig") as table:
         rows = {row["image"]: row for row in csv.DictReader(table)}
     scores = [float(rows[name]["score"]) for name in report["test"]]
     assert report["own"] == pytest.approx(scores, abs=1e-3)
@@ -231,6 +231,7 @@ def test_bad_input_gets_a_sentence(report: dict[str, Any]) -> None:
     assert said["two"].startswith("2 photos are too few")
     assert "not a readable checkpoint" in said["model"]
     assert "tile 256" in said["tiles"]
+    assert "2 GB of memory" in report["memory"]
     assert "backbone.onnx has arrived damaged" in report["damaged"]
 
 
@@ -302,7 +303,12 @@ def test_training_step_is_the_library_s() -> None:
         losses.append(float(loss))
     assert losses == pytest.approx(history.loss.tolist(), abs=1e-5)
     after = flat(head.state_dict())
-    assert (after - start).abs().max() > 1e-4
-    assert torch.allclose(
-        state[1], after, rtol=0, atol=1e-6
-    )  # `fit` leaves the averages in the head
+    sizes = [shape.numel() for shape in step.shapes.values()]
+    for name, first, page, library in zip(
+        step.shapes, *(torch.split(row, sizes) for row in (start, state[1], after)), strict=True
+    ):
+        # BatchNorm takes off what a bias before it adds: its gradient is rounding, which Adam
+        # enlarges to whole steps; and the mean that it takes off follows.
+        rounding = name.endswith((".linear.bias", ".hidden.bias", ".running_mean"))
+        assert (library - first).abs().max() > 1e-5 or rounding
+        assert (page - library).abs().max() < (2e-3 if rounding else 2e-6), name

@@ -50,9 +50,11 @@ const open = async () => {
   await page.waitForSelector("html[data-try=ready]");
 };
 
-// What is there before anything is loaded.
+// What is there before anything is loaded, on a device with little memory.
+await page.addInitScript(() => Object.defineProperty(navigator, "deviceMemory", { value: 2 }));
 await open();
 report.before = [...new Set(report.requests)];
+report.memory = await page.innerText("#try-memory");
 report.answers = await page.$$eval("#nut-answers figcaption", (all) => all.map((one) => one.textContent));
 const axe = async () => {
   await page.evaluate(AXE);
