@@ -17,8 +17,7 @@
 #
 # ## What you will learn
 #
-# - **Run** a benchmark that can be stopped and goes on, and report it as mean ± deviation over
-#   seeds.
+# - **Report** a result with two errors: over seeds, and over test images.
 # - **Compare** with published numbers, and say where no comparison is allowed.
 # - **Measure** what choosing the best step on the test set adds.
 # - **Estimate** how much a result owes to the few test images it comes from, also for a difference.
@@ -26,8 +25,8 @@
 #
 # ## Before you start
 #
-# You have read chapters 1 to 8. Skim it in 20 minutes, work through it in 50; it runs in about a minute on
-# two CPU cores, no GPU needed. The runs on real photos took longer. They come with the library as
+# You have read chapters 1 to 8. Reading takes about 25 minutes, with the exercises 50; it runs in about half a minute
+# on two CPU cores, no GPU needed. The runs on real photos took longer. They come with the library as
 # numbers, the score of every test image among them, without images.
 
 # %% tags=["hide-cell", "nbval-ignore-output"]
@@ -47,39 +46,43 @@ if importlib.util.find_spec("simplenet_lib") is None:
     subprocess.run(command, check=True)
 
 # %% tags=["hide-cell"]
-import json
 import math
 import os
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from IPython.display import Markdown
 from scipy import ndimage
 from scipy.stats import binomtest
 from sklearn.metrics import auc, roc_auc_score
 
-from simplenet_lib.benchmark import PAPER, PUBLISHED_MEANS, is_done, measured_runs, run, table
-from simplenet_lib.config import SimpleNetError, preset
+from simplenet_lib import plots
+from simplenet_lib.benchmark import (
+    PAPER,
+    PUBLISHED_MEANS,
+    measured_runs,
+    run,
+    scoreboard,
+    table,
+)
+from simplenet_lib.config import preset
 from simplenet_lib.dataset import AnomalyDataset, make_transform
 from simplenet_lib.features import cache_folder, cached_features
-from simplenet_lib.localization import anomaly_map, image_score
-from simplenet_lib.loss import margin_loss
+from simplenet_lib.localization import image_score, predict
 from simplenet_lib.metrics import aupro, auroc_deviation
 from simplenet_lib.model import SimpleNet
 from simplenet_lib.plots import gallery, use_book_style
 from simplenet_lib.synthetic import generate
+from simplenet_lib.training import cached_maps, train
 from simplenet_lib.weights import find_weights
 
 use_book_style()
 
-# %%
 # One head with the margin loss, as these chapters build it; the library's default is a committee.
 ONE_HEAD = {
     "resize": 320,
@@ -111,22 +114,17 @@ ONE_HEAD = {
 #
 # The die has not become better. You looked twice.
 #
-# A training is measured in the same way. Its {term}`AUROC` on the {term}`test set` goes up and down
-# from step to step, partly by chance. Whoever measures ten times and reports the best look reports
-# the maximum of ten rolls. {numref}`fig-benchmark-dice` shows both: the pairs of two dice, and by
-# how much the best of $k$ looks exceeds their mean if the looks scatter independently around it.
+# The {term}`AUROC` of a training on the {term}`test set` goes up and down from step to step, partly by chance. Whoever
+# measures ten times and reports the best look reports the maximum of ten rolls. {numref}`fig-benchmark-dice` shows how
+# far the best of $k$ independent looks exceeds their mean.
 
 # %%
 pairs = [max(pair) for pair in product(range(1, 7), repeat=2)]
 print("pairs with maximum 1 to 6:", [pairs.count(m) for m in range(1, 7)])
-print("sum", sum(pairs), "of", len(pairs), "pairs, mean", round(sum(pairs) / len(pairs), 2))
 
 rng = np.random.default_rng(0)
 looks = rng.standard_normal((20_000, 20))
 best_of = np.maximum.accumulate(looks, axis=1).mean(axis=0)
-assert sum(pairs) == 161
-assert abs(best_of[0]) < 0.03
-assert abs(best_of[1] - 1 / math.sqrt(math.pi)) < 0.03  # known for the better of two
 for k in (1, 2, 10):
     print(f"best of {k:2}: {abs(best_of[k - 1]):.1f} standard deviations above the mean")
 
@@ -150,13 +148,10 @@ right.set_ylabel("best look minus mean\n(standard deviations)")
 right.set_title("More looks, a better best look")
 plt.show()
 
+
 # %% [markdown]
-# So a number alone says little. You need its *protocol*:
-#
-# - **Images.** All of the official test set, or other images?
-# - **State.** The last step, or the step that was best on the test set?
-# - **Measure.** Under one name, two programs may compute different things.
-# - **Chance.** How many seeds, how many test images?
+# So a number alone says little. You need its *protocol*: which **images**, which **state** of the network, which
+# **measure**, and how many seeds and test images, for **chance**.
 #
 # ## From the paper
 #
@@ -167,38 +162,28 @@ plt.show()
 # \bar{R} = \frac{1}{15} \sum_{c=1}^{15} R_c
 # $$ (eq-benchmark-mean)
 #
-# where $R_c$ is the result on category $c$. The library holds these numbers as `PAPER`, in percent.
-# The mean image AUROC is in the paper's abstract; the rest was copied from texts that quote the paper, of
-# which no list was kept. So look a number up before you quote it.
+# where $R_c$ is the result on category $c$: 99.6 and 98.1. The first is in the paper's abstract; the second, and the
+# categories in `PAPER`, were copied from texts that quote the paper, of which no list was kept. Look a number up
+# before you quote it.
 #
-# The paper does not say from which state of the network they are. The published code looks at the
-# test set after every fourth epoch and keeps the state with the best image AUROC, of equal ones that with
-# the best pixel AUROC; all its metrics are those of this one state. With $R_k$ for the image AUROC at look $k$, it reports $\max_k R_k$, and on
-# average
+# The paper does not say from which state of the network they are. The [published
+# code](https://github.com/DonaldRR/SimpleNet) looks at the test set after every fourth epoch and keeps the state with
+# the best image AUROC, of equal ones that with the best pixel AUROC; all its metrics are those of this one state. With
+# $R_k$ for the image AUROC at look $k$, it reports $\max_k R_k$, and on average
 #
 # $$
 # \mathbb{E}\big[\max_k R_k\big] \;\ge\; \max_k \, \mathbb{E}[R_k]
 # $$ (eq-benchmark-best)
 #
-# The left side is the mean of the better roll, 4.47. The right side is what any single look is
-# worth on average, 3.5. They are equal only if one look is always the best.
-
-# %%
-means = np.array(list(PAPER.values())).mean(axis=0)
-print(len(PAPER), "categories, mean", [round(float(mean), 1) for mean in means])
-
-# %% [markdown]
-# The mean agrees with the 99.6 and 98.1 that the paper states. That checks the transcription a
-# little.
+# The left side is the mean of the better roll, 4.47, the right side any single look, 3.5.
 #
 # ## Build it
 #
 # ### One number from several seeds
 #
-# Chapter 7 trained with three seeds and printed three numbers. From here on we print their mean and
-# their {term}`standard deviation`, $±$, in percent. Take the image AUROCs 0.90, 0.96 and 0.99.
-# Their mean is 95 percent. The deviations from it are −5, 1 and 4; their squares 25, 1 and 16 add up
-# to 42. Divided by 2, one less than their number, that is 21, and $\sqrt{21} = 4.6$.
+# Take the image AUROCs 0.90, 0.96 and 0.99 of three seeds. Their mean is 95 percent. The deviations from it are
+# −5, 1 and 4; their squares 25, 1 and 16 add up to 42. Divided by 2, one less than their number, that is 21, and
+# the {term}`standard deviation` is $\sqrt{21} = 4.6$.
 
 
 # %% tags=["library"]
@@ -210,54 +195,19 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
 
 
-# %%
-print(mean_and_deviation([0.90, 0.96, 0.99]))
-print(mean_and_deviation([0.96]))
-
 # %% [markdown]
-# Why one less? The three lie nearer to their own mean than to that of all possible seeds. Divided by 3,
-# $\sqrt{14} = 3.7$ would be too small for those. With three seeds, read the second
-# number as a rough sign of spread, nothing finer.
-#
-# ### Runs that can be repeated
-#
-# A benchmark is many long runs. It will be stopped, and it should go on where it was. The library
-# writes one JSON file a run, named `CATEGORY-PRESET-SEED.json`, and puts into it everything that
-# the numbers depend on: data set, category, the whole configuration, versions. Before a run it asks
-# `is_done`: is there a file, and is it *this* run? If the file holds another configuration, it
-# stops. Otherwise old numbers would slip into a new table.
-#
-# Try it in a temporary folder, with a file that holds no more than `is_done` looks at.
-
-# %%
-config = preset("fast", **ONE_HEAD, ratio=1.0, seed=0)
-wanted = {"dataset": "mvtec_ad", "category": "bottle", "seed": 0}
-
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "bottle-fast-0.json"
-    print("no file:          ", is_done(path, "mvtec_ad", "bottle", config))
-    path.write_text(json.dumps({**wanted, "config": json.loads(config.to_json())}))
-    print("this very run:    ", is_done(path, "mvtec_ad", "bottle", config))
-    try:
-        is_done(path, "mvtec_ad", "bottle", replace(config, sigma=0.25))
-    except SimpleNetError as error:
-        print("another σ:        ", str(error).replace(folder, "results")[:62], "...")
-
-# %% [markdown]
-# The command is
-#
-# ```
-# simplenet benchmark --data ROOT --categories bottle,grid --seeds 0,1,2 --output results
-# ```
-#
-# Without `--categories` it takes every category in ROOT; `--preset fast` is the default. Stop it at any
-# time and start it again: runs that are done are not made twice.
+# The command `simplenet benchmark --data ROOT --categories bottle,grid --seeds 0,1,2 --output results` makes such runs,
+# one JSON file each, with the configuration and the score of every test image in it. Stopped and started
+# again, it makes nothing twice.
 #
 # ### One pair at a time
 #
-# Every report holds the score of every test image. That is all you need for an image AUROC: does
-# defect $i$ score higher than good image $j$? A table of pairs, 1 for yes, 0 for no, a half for a tie; the
-# AUROC is its mean (chapter 8). Keep the table, it makes the rest of this chapter short.
+# The scores are all you need for an image AUROC: does defect $i$ score higher than good image $j$? A table of pairs,
+# 1 for yes, 0 for no, a half for a tie; the AUROC is its mean (chapter 8).
+#
+# How much would that mean move with *other* test images of the same kind? Draw as many good images and as many defects
+# from those you have, with repetition. In the table of pairs: draw rows and columns. Repeat, and look at the spread.
+# This is the {term}`bootstrap` {cite:p}`efron1993bootstrap`.
 
 
 # %%
@@ -269,16 +219,6 @@ def right_order(run: dict) -> np.ndarray:
     return (defects[:, None] > good) + 0.5 * (defects[:, None] == good)
 
 
-# %% [markdown]
-# ### Draw the test images again
-#
-# How much would the number move with *other* test images of the same kind? You cannot take new
-# photos, but you can imitate it: draw as many good images and as many defects from those you have, with
-# repetition. Some images are then missing, others count twice. In the table of pairs that is: draw rows and
-# columns. Repeat, and look at the spread. This is the {term}`bootstrap` {cite:p}`efron1993bootstrap`.
-
-
-# %%
 def bootstrap(pairs: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """Mean of a table of pairs over redrawn test images: (draws,)."""
     rng = np.random.default_rng(seed)
@@ -287,8 +227,9 @@ def bootstrap(pairs: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray
 
 
 toy = np.array([[1.0, 1.0], [1.0, 0.0]])  # two defects, two good images, one pair wrong
-print("AUROC", toy.mean(), "and over 1,000 draws between", bootstrap(toy).min(), "and", end=" ")
-print(bootstrap(toy).max())
+zero = (bootstrap(toy, draws=20_000) == 0).mean()
+print("AUROC", toy.mean(), f"and 0 in {zero:.0%} of the draws, by hand {1 / 16:.0%}")
+print("three seeds:", mean_and_deviation([0.90, 0.96, 0.99]))
 
 # %% [markdown]
 # By hand: the wrong pair's row is drawn never, once or twice with probability ¼, ½, ¼, its column, too. The
@@ -296,10 +237,9 @@ print(bootstrap(toy).max())
 #
 # ## Check it
 #
-# `mean_and_deviation` against NumPy, the pairs against the AUROC that is stored in each report, and the
-# bootstrap against the probability worked by hand.
+# `mean_and_deviation` against NumPy, and the pairs against the AUROC that is stored in each report.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-cell"]
 rng = np.random.default_rng(0)
 for count in (2, 3, 10):
     values = rng.random(count)
@@ -308,10 +248,10 @@ for count in (2, 3, 10):
 runs = [one for one in measured_runs() if one["preset"] == "fast"]
 apart = max(abs(right_order(one).mean() - one["image_auroc"]) for one in runs)
 assert apart < 1e-3  # stored scores are rounded to four digits
-zero = (bootstrap(toy, draws=20_000) == 0).mean()
 assert abs(zero - 1 / 16) < 0.01
-print(f"{len(runs)} reports: AUROC from pairs and as stored differ by less than 0.001")
-print(f"share of draws with AUROC 0: {zero:.2f}, by hand {1 / 16:.2f}")
+assert sum(pairs) == 161 and abs(best_of[1] - 1 / math.sqrt(math.pi)) < 0.03
+paper_means = np.array(list(PAPER.values())).mean(axis=0)
+assert len(PAPER) == 15 and [round(float(mean), 1) for mean in paper_means] == [99.6, 98.1]
 
 # %% [markdown]
 # ## What it does
@@ -323,32 +263,26 @@ print(f"share of draws with AUROC 0: {zero:.2f}, by hand {1 / 16:.2f}")
 #
 # | category | trained on | tested on | comparable with the paper |
 # |---|---|---|---|
-# | bottle, screw (MVTec AD) | 209 and 320 good photos | 20 and 41 good, 63 and 119 defects | yes: complete official splits, though our copy is reduced to 448 pixels |
-# | grid (MVTec AD) | 243 good photos | 21 good, 57 defects | **no**: the good test photos are missing in our copy; 21 training photos were taken out of training to stand in for them |
-# | weld (battery welds) | 29 good photos | 35 good, 93 defects | **no**: another data set |
-# | kolektorsdd (KolektorSDD) | its good photos, split by object | 97 good, 50 defects | **no**: another data set |
+# | bottle, screw | 209 and 320 good photos | 20 and 41 good, 63 and 119 defects | yes: official splits, reduced to 448 pixels |
+# | grid | 243 good photos | 21 good, 57 defects | **no**: 21 training photos stand in for the good test photos |
+# | weld | 29 good photos | 35 good, 93 defects | **no**: another data set |
+# | kolektorsdd | its good photos, split by object | 97 good, 50 defects | **no**: another data set |
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 Markdown(table(runs))
 
 # %% [markdown]
-# The first ± is the standard deviation over seeds, the second the one over test images: for image AUROC by
-# the formula of Hanley and McNeil (below), for the pixel metrics by a bootstrap. They answer different
-# questions:
+# The first ± is the standard deviation *over seeds*: what if the same detector were trained again? The second is the
+# one *over test images*: what if it were tested on others? (For image AUROC by the formula of Hanley and McNeil, below;
+# for the pixel metrics by a bootstrap.) Wherever there is anything left to gain, the second is the larger one. Papers
+# print the first.
 #
-# - **over seeds**: what if the same detector were trained again, tested on the same images?
-# - **over test images**: what if the same detector were tested on other images?
-#
-# Wherever there is anything left to gain, the second is the larger one. A small ± over seeds, the one that
-# papers print, does not make it small. Say which one you show.
-#
-# Read two more things off the table. *Pixel AUROC* is near 90 or above everywhere, AUPRO is not: nearly all
-# pixels are easy background (chapter 8). And *defects found* is the verdict at the model's own threshold. Where
-# the order of the images is good and yet many defects are missed, as on screw and on weld, the threshold is the
-# reason. It comes from good photos and does not know where the defects lie, and among the 29 photos of weld a
-# single odd one can set it. F1-max, which many papers print, chooses its threshold on the test set instead:
+# *Pixel AUROC* is near 90 or above everywhere, AUPRO is not: nearly all pixels are easy background (chapter 8). And
+# *defects found* is the verdict at the model's own threshold, which comes from good photos: among the 29 of weld a
+# few odd ones set it so high that almost no defect passes. F1-max, which many papers print, chooses its threshold on
+# the test set instead:
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 print("F1, mean over seeds    best threshold on the test set   the model's own")
 for category in dict.fromkeys(one["category"] for one in runs):
     group = [one for one in runs if one["category"] == category]
@@ -363,10 +297,9 @@ for category in dict.fromkeys(one["category"] for one in runs):
 # %% [markdown]
 # ### Beside the published numbers
 #
-# Only rows where the images are the same may be compared: two of 15. We do not have the other 12 categories
-# of MVTec AD, and grid's test images are others.
+# Only rows where the images are the same may be compared: two of 15.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 print(f"{'':8}{'paper: image / pixel':>24}{'fast: image / pixel AUROC, ± over seeds':>44}")
 for category in ("bottle", "screw"):
     group = [one for one in runs if one["category"] == category]
@@ -375,63 +308,29 @@ for category in ("bottle", "screw"):
     ]
     image, pixel = PAPER[category]
     print(f"{category:8}{f'{image:.1f} / {pixel:.1f}':>24}{' / '.join(ours):>44}")
-
-# %% [markdown]
-# And even here the protocols differ, as the next section shows: best look against last look, and our default
-# was chosen with an eye on these sets, too. How far do published means depend on the protocol? Three of
-# them, with the state they are from:
-
-# %%
+print("\nmeans over the 15 categories, as published:")
 for name, (image, pixel, state) in PUBLISHED_MEANS.items():
     print(f"{image:.1f} / {pixel:.1f}  {name}: {state}")
 
-# %% [markdown]
-# SuperSimpleNet {cite:p}`rolih2024supersimplenet` builds on SimpleNet and reports the last epoch. The
-# numbers look as if it were the weaker one. But the comparison is between a best look and a last look.
-# Its authors also trained SimpleNet again, with five seeds and without the choice of the best epoch. Their
-# paper's table 3 has all categories; for carpet, they answer [in their
-# repository](https://github.com/blaz-r/SuperSimpleNet/issues/6), that makes an image AUROC of 97.8 instead of
-# 99.7. The question had been raised [in SimpleNet's own](https://github.com/DonaldRR/SimpleNet/issues/7).
-#
-
-# ### Your own copy of MVTec AD
-#
-# MVTec AD is licensed CC BY-NC-SA 4.0, this book CC BY 4.0, so none of its images is shown here. If
-# you have them, the next cell trains on bottle, which takes a few minutes, and shows maps. It looks
-# into the folder that the environment variable `MVTEC_AD` names, then into `data/mvtec_ad`, where
-# `simplenet download` puts them. A figure that shows them keeps their licence.
-
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Photos of your own copy of MVTec AD in columns, with the marked defect and the anomaly map below each."}, "figure": {"caption": "Bottle from your own copy of MVTec AD, one head.", "name": "fig-benchmark-mvtec"}}
-places = [Path(os.environ["MVTEC_AD"])] if "MVTEC_AD" in os.environ else []
-places += [Path("../data/mvtec_ad"), Path("data/mvtec_ad")]
-mvtec = next((place for place in places if (place / "bottle/train/good").is_dir()), None)
-if mvtec is None:
-    print("No MVTec AD on this disk. To get it, run in the repository's folder:")
-    print("    simplenet download")
-    print("(5.3 GB; CC BY-NC-SA 4.0: not for commercial use). The chapter goes on without it.")
-else:
-    result = run(mvtec, "bottle", preset("fast", **ONE_HEAD, ratio=1.0), progress=False)
-    print({name: round(result.report[name], 3) for name in ("image_auroc", "pixel_auroc", "aupro")})
-    shown = {prediction.sample.defect: prediction for prediction in result.predictions}
-    gallery(list(shown.values()), result.trained.model.config)
-    plt.show()
 
 # %% [markdown]
+# Even here the protocols differ: best look against last look, and our default was chosen with an eye on these sets,
+# too. SuperSimpleNet {cite:p}`rolih2024supersimplenet` builds on SimpleNet and reports the last epoch. Its authors also
+# trained SimpleNet again, with five seeds and without the choice of the best epoch; their paper's table 3 has all
+# categories. For carpet, they answer [in their repository](https://github.com/blaz-r/SuperSimpleNet/issues/6), that
+# makes an image AUROC of 97.8 instead of 99.7. (The question had been raised [in SimpleNet's
+# own](https://github.com/DonaldRR/SimpleNet/issues/7).)
+#
 # ## Two protocols
-#
-# ### On real categories
 #
 # What would the published protocol have added to *our* numbers? For bottle, grid and weld, with three
 # seeds each, one head was trained with twice its steps and measured on the test set every 20
-# steps: ten looks. (These runs are from the library's first edition, whose default was this head.) The *honest* number is the last look, fixed before anyone looked. The
+# steps: ten looks. The *honest* number is the last look, fixed before anyone looked. The
 # *published* rule takes the look with the best image AUROC, of equal ones that with the best pixel AUROC, and
 # reports all metrics there.
 
+
 # %%
-trainings = measured_runs("first_steps")
-sets = ("bottle", "grid", "weld")
-
-
 def curve(training: dict, key: str) -> np.ndarray:
     """One metric over the looks of a training: (looks,)."""
     return np.array([look[key] for look in training["steps"]])
@@ -443,6 +342,9 @@ def published_look(training: dict) -> int:
     return max(range(len(image)), key=lambda k: (image[k], pixel[k]))
 
 
+# %% tags=["hide-input"]
+trainings = measured_runs("first_steps")
+sets = ("bottle", "grid", "weld")
 MEASURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
 print("published look minus last look, points: each seed, and the mean")
 for key, name in MEASURES.items():
@@ -454,6 +356,10 @@ for key, name in MEASURES.items():
         ]
         each = "".join(f"{gain:8.2f}" for gain in gains)
         print(f"{name:13}{category:8}{each}{statistics.mean(gains):10.2f}")
+equal = sum(curve(t, "image_auroc")[-1] == curve(t, "image_auroc").max() for t in trainings)
+assert equal == 4
+for training in trainings:
+    assert [look["step"] for look in training["steps"]] == list(range(20, 201, 20))
 
 # %% mystnb={"image": {"alt": "Three panels, bottle, grid and weld, with image AUROC over the training steps 20 to 200, one line a seed. Each line goes up and down; a star marks the look that the published rule keeps, a circle the last point."}, "figure": {"caption": "Image AUROC on the test set during training, one line a seed. Star: the look the published rule keeps. Circle: the last look. The vertical axes differ.", "name": "fig-benchmark-steps"}} tags=["hide-input"]
 figure, axes = plt.subplots(1, 3, figsize=(7.5, 3))
@@ -471,122 +377,14 @@ axes[0].set_ylabel("image AUROC (percent)")
 figure.suptitle("The rule gains on weld, where the curves still move", fontsize=12)
 plt.show()
 
-# %% tags=["hide-input"]
-equal = sum(curve(t, "image_auroc")[-1] == curve(t, "image_auroc").max() for t in trainings)
-assert equal == 4
-for training in trainings:
-    assert [look["step"] for look in training["steps"]] == list(range(20, 201, 20))
-
 # %% [markdown]
-# In image AUROC, the measure that chooses, the rule can only gain: 1.3 points on weld, next to
-# nothing on bottle, where the last look is at its ceiling. In 4 of 9 trainings the last look is as good as
-# the best one.
+# In image AUROC, the measure that chooses, the rule can only gain: 1.3 points on weld. In 4 of 9 trainings the last
+# look is as good as the best one.
 #
 # In the other measures it gains only where they choose: on bottle, where image AUROCs tie and pixel AUROC
-# decides, and 0.2 points at that. On weld the kept state has a pixel AUROC that is lower
-# than at the last step on average, with one seed by more than 4 points, and an AUPRO lower by up to 14.
-# The step that was lucky in ranking the images is just some step for localisation. That is how you recognise
-# luck: where it was not asked to choose, it is gone.
-#
-
-# ### Does the best look stay the best?
-#
-# The gain has two parts. One step may really be better than the others. Or it was lucky on just
-# these images. To tell them apart, you need other images. So train on nut, look ten times, and
-# split the test set in two halves: choose the step on one half, and measure *that* step on the
-# other.
-#
-# A short loop will do, simpler than chapter 7's `fit`: one AdamW with one learning rate, all 60 normal
-# images, small batches drawn with replacement. It is a single training, so it shows how to ask, not what
-# the answer is in general.
-
-# %% tags=["nbval-ignore-output"]
-weights = find_weights("resnet50")
-data = generate(cache_folder() / "synthetic")
-
-
-# %%
-CONFIG = preset("fast", **{**ONE_HEAD, "resize": 256, "crop": 256})
-transform = make_transform(256, 256)
-normal, test = (AnomalyDataset(data, "nut", split, transform) for split in ("train", "test"))
-labels = np.array([sample.label for sample in test.samples])
-masks = [test[index]["mask"].numpy() for index in range(len(test))]
-
-model = SimpleNet(CONFIG, weights)
-features, test_features = (
-    cached_features(model.features, split, model.feature_key(), progress=False)
-    for split in (normal, test)
-)
-head = model.heads[0]
-model.standardise.fit(features)
-optimizer = torch.optim.AdamW(head.parameters(), lr=5e-4)
-generator = torch.Generator().manual_seed(0)
-positions = len(normal) * 32 * 32
-
-
-@torch.inference_mode()
-def test_maps() -> torch.Tensor:
-    """Anomaly maps (60, 256, 256) of the test images."""
-    head.eval()
-    scores = torch.stack(
-        [head(model.standardise(torch.from_numpy(f.copy()).float())) for f in test_features]
-    )
-    head.train()
-    # Outside of its map `anomaly_map` assumes 0; so what is typical becomes 0.
-    return anomaly_map(scores - scores.median(), CONFIG.crop, CONFIG.smoothing)
-
-
-look_scores = []
-for step in range(1, 101):
-    batch = torch.randint(positions, (512,), generator=generator).numpy()
-    vectors = model.standardise(torch.from_numpy(features.vectors(batch)).float())
-    loss = margin_loss(*head.normal_and_noisy(vectors, generator), CONFIG.margin)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if step % 10 == 0:
-        maps = test_maps()
-        look_scores.append(image_score(maps).numpy())
-look_scores = np.array(look_scores)
-maps = list(maps.numpy())
-print("looks and test images:", look_scores.shape)
-
-# %%
-good, bad = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
-# Does defect i score higher than good image j? One table of pairs for each look.
-in_order = (look_scores[:, bad, None] > look_scores[:, None, good]).astype(float)
-areas = in_order.mean(axis=(1, 2))
-for look in range(10):
-    assert math.isclose(areas[look], roc_auc_score(labels, look_scores[look]), abs_tol=2e-3)
-
-splits = []
-for _ in range(1000):
-    rows_of, columns_of = rng.permutation(40), rng.permutation(20)
-    half, other = (
-        in_order[:, i[:, None], j].mean(axis=(1, 2))
-        for i, j in ((rows_of[:20], columns_of[:10]), (rows_of[20:], columns_of[10:]))
-    )
-    chosen = half.argmax()
-    splits.append((half[chosen], other[chosen], other[-1]))
-on_half, on_other, last_on_other = np.mean(splits, axis=0)
-assert on_half >= on_other
-
-# %% tags=["nbval-ignore-output"]
-print("image AUROC at the ten looks:", np.round(100 * areas, 1))
-print(f"chosen step, on the half that chose it: {100 * on_half:.1f}")
-print(f"chosen step, on the other half:         {100 * on_other:.1f}")
-print(f"last step, on the other half:           {100 * last_on_other:.1f}")
-
-# %% [markdown]
-# The first number is what the published protocol reports. The second is what the same step is worth
-# on images that did not take part in the choice. The third is the last step.
-#
-# The first is the highest: that is what choosing does. On the other half the chosen step is no better than
-# the last one. It was chosen for its luck on 30 images.
-#
-# Some steps surely are better than others. To know which, you need images of defects, and of the
-# kinds that will come. A detector for a new product has none. If you do have such images, put some
-# aside *only* for choosing, enough of them, and do not test on these.
+# decides, 0.2 points. On weld the kept state has a lower pixel AUROC than the last step on average, with one seed by
+# more than 4 points, and an AUPRO lower by up to 14. The step that was lucky in ranking the images is just some step
+# for localisation. That is how you recognise luck: where it was not asked to choose, it is gone.
 #
 # ## How many test images?
 #
@@ -594,8 +392,7 @@ print(f"last step, on the other half:           {100 * last_on_other:.1f}")
 #
 # The test set of bottle has 20 good images and 63 defects, so its image AUROC counts
 # $20 \cdot 63 = 1260$ pairs. One pair in the wrong order costs $1/1260$, 0.08 percent. 99.8 against 100.0 is a
-# difference of two or three pairs: one good image that scores higher than the faintest defects. Had the
-# people who made the data set drawn that image for training, both detectors would have 100.0.
+# difference of two or three pairs: one good image that scores higher than the faintest defects.
 #
 # ### Real scores, drawn again
 #
@@ -611,13 +408,13 @@ print(f"last step, on the other half:           {100 * last_on_other:.1f}")
 print("seed 0       image AUROC   95% of the draws   deviation: bootstrap, formula, over seeds")
 drawn = {}
 for one in (one for one in runs if one["seed"] == 0):
-    category, pairs = one["category"], right_order(one)
-    drawn[category] = bootstrap(pairs)
+    category, order = one["category"], right_order(one)
+    drawn[category] = bootstrap(order)
     low, high = np.quantile(drawn[category], (0.025, 0.975))
-    formula = auroc_deviation(pairs.mean(), pairs.shape[1], pairs.shape[0])
+    formula = auroc_deviation(order.mean(), order.shape[1], order.shape[0])
     seeds = statistics.stdev(r["image_auroc"] for r in runs if r["category"] == category)
     spreads = f"{drawn[category].std():.3f}     {formula:.3f}     {seeds:.3f}"
-    print(f"{category:12}{pairs.mean():12.3f}   {low:.3f} to {high:.3f}      {spreads:>34}")
+    print(f"{category:12}{order.mean():12.3f}   {low:.3f} to {high:.3f}      {spreads:>34}")
 
 # %% mystnb={"image": {"alt": "Histogram of image AUROC on weld over 1,000 draws of the test images, spread over about ten percent with a tail to the left. A solid line marks the measured value, two dashed lines the middle 95 percent, and five short ticks at the bottom, the five seeds, lie close together."}, "figure": {"caption": "Image AUROC of one detector (weld, seed 0) on 1,000 draws of its 128 test images. Solid: measured. Dashed: the middle 95% of the draws. Ticks: the five seeds.", "name": "fig-benchmark-bootstrap"}} tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(6.5, 3))
@@ -634,6 +431,7 @@ axis.set_ylabel("draws (count)")
 axis.set_title("Other test images move the number more than other seeds")
 plt.show()
 
+
 # %% [markdown]
 # The formula assumes smooth distributions of scores, and on weld it is too small: there most wrong pairs
 # hang on a few good images that score high, and a draw has them twice or not at all.
@@ -643,28 +441,56 @@ plt.show()
 # Is `fast` better on weld than `course`, the course report's system? Subtract the two tables of pairs,
 # image by image, and draw *that*: an image that is hard for both then cancels.
 
+
 # %% tags=["nbval-ignore-output"]
-course = next(
-    one
-    for one in measured_runs()
-    if (one["category"], one["preset"], one["seed"]) == ("weld", "course", 0)
-)
-first = next(one for one in weld if one["seed"] == 0)
-assert list(first["scores"]["good"]) == list(course["scores"]["good"])  # the same images
-difference = right_order(first) - right_order(course)
-low, high = np.quantile(bootstrap(difference), (0.025, 0.975))
-print(f"fast minus course: {100 * difference.mean():+.1f} points of image AUROC, seed 0;", end=" ")
-print(f"95% of the draws between {100 * low:+.1f} and {100 * high:+.1f}")
+def difference(run: dict, other: dict) -> tuple[float, float, float]:
+    """Points of image AUROC by which a run is ahead, and the middle 95% of the draws."""
+    assert list(run["scores"]["good"]) == list(other["scores"]["good"])  # the same images
+    pairs = 100 * (right_order(run) - right_order(other))
+    low, high = np.quantile(bootstrap(pairs), (0.025, 0.975))
+    return pairs.mean(), low, high
+
+
+first = {(one["category"], one["preset"]): one for one in measured_runs() if one["seed"] == 0}
+gain, low, high = difference(first["weld", "fast"], first["weld", "course"])
+print(f"fast minus course on weld: {gain:+.1f} points, 95% between {low:+.1f} and {high:+.1f}")
 
 # %% [markdown]
 # If the interval includes 0, these 128 images do not decide it, whatever the spread over seeds says.
 #
+# Chapter 10 asked what each piece of the default is worth, with one seed each. Here is every measured variant again:
+# in how many of the sets it loses and gains, and in how many of them the interval over test images excludes 0.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+today = {(one["variant"], one["category"]): one for one in measured_runs("ablation")}
+print(
+    "variant minus today's default, seed 0; sets below / above; * image AUROC with an interval without 0"
+)
+print(f"{'':28}{'image AUROC':>14}{'AUPRO':>10}   mean of image AUROC and AUPRO, points")
+for variant in sorted({variant for variant, _ in today} - {"unchanged"}):
+    both = [c for v, c in sorted(today) if v == variant and ("unchanged", c) in today]
+    images = [difference(today[variant, c], today["unchanged", c]) for c in both]
+    overlap = [100 * (today[variant, c]["aupro"] - today["unchanged", c]["aupro"]) for c in both]
+    below, above = (sum(sign * gain > 0 for gain, _, _ in images) for sign in (-1, 1))
+    clear = sum(low > 0 or high < 0 for _, low, high in images)
+    pro = f"{sum(o < 0 for o in overlap)} / {sum(o > 0 for o in overlap)}"
+    middle = statistics.mean(gain for gain, _, _ in images)
+    print(
+        f"{variant:28}{f'{below} / {above} {clear * chr(42):5}':>14}{pro:>10}"
+        f"{middle:+14.1f}{statistics.mean(overlap):+10.1f}"
+    )
+
+# %% [markdown]
+# More rows have a minus than have a star. With a handful of sets the signs cannot become rarer than coins allow (five
+# of five on one side: 1 in 16). A row without a star is not a piece without worth: it is a question that these images
+# do not answer.
+#
 # ### When nothing goes wrong
 #
-# A perfect result has no spread at all: every draw of a perfect order is perfect. The bootstrap and the
+# A perfect result has no spread: every draw of a perfect order is perfect. The bootstrap and the
 # formula then say ± 0, which cannot be true. Ask instead: with which true error rate could I still see no
 # error in $n$ images? If a share $p$ of all good parts is called anomalous, 20 good images all pass
-# with probability $(1 - p)^{20}$. For $p = 0.14$ that is 0.05. Not so rare: no false alarm in 20
+# with probability $(1 - p)^{20}$. For $p = 0.14$ that is 0.05: no false alarm in 20
 # images only says that fewer than about 14 percent of good parts raise one. The rule of thumb for
 # this bound is $3 / n$. The same computation for one false alarm or more is the binomial interval.
 
@@ -679,24 +505,37 @@ assert math.isclose(1 - 0.05 ** (1 / 20), binomtest(0, 20).proportion_ci(0.90).h
 #
 # ### Two measures, one name
 #
-# Chapter 8 built {term}`AUPRO`. The published code also prints a number it calls PRO. It takes 200
-# equally spaced thresholds, keeps the {term}`false positive rates <false positive rate>` below 0.3 and divides
-# them by the largest of them. Above all, it *widens*: each prediction grows by two pixels to every side
-# before its {term}`overlap <per-region overlap>` with the defects is measured, but not before the false positives
-# are counted. A line predicted one pixel beside a scratch has overlap 0; widened, it has 1, at the same false
-# positive rate.
-#
+# The published code prints a number it calls PRO. It *widens*: each prediction grows by two pixels to every side
+# before its {term}`overlap <per-region overlap>` with the defects is measured, but not before the
+# {term}`false positives <false positive rate>` are counted.
 # What does that do to a map of pure noise? Let a share $f$ of the normal pixels exceed the threshold. Of the
-# defect pixels the same share does, so AUPRO is the mean of $f$ from 0 to 0.3, that is 0.15. Widened, a defect
-# pixel counts as found if *any* of 25 pixels exceeds the threshold:
+# defect pixels the same share does, so {term}`AUPRO` is the mean of $f$ from 0 to 0.3, that is 0.15. Widened, a
+# defect pixel counts as found if *any* of 25 pixels exceeds the threshold:
 #
 # $$
 # \text{PRO}_{\text{widened}} = 1 - (1 - f)^{25}
 # $$ (eq-benchmark-widened)
 #
 # Its mean for $f$ from 0 to 0.3 is $1 - (1 - 0.7^{26}) / (26 \cdot 0.3) = 0.87$. A detector that knows
-# nothing gets 0.87. To measure it, note that a pixel is in the widened prediction if the *maximum* of its 5 x 5
-# neighbourhood exceeds the threshold:
+# nothing gets 0.87. Measure it, on noise and on the maps of your detector of [chapter 7](07_training.ipynb): a pixel is
+# in the widened prediction if the *maximum* of its 5 x 5 neighbourhood exceeds the threshold. The limit
+# matters, too: 30% of false positives are generous, newer benchmarks stop at 5%.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+weights = find_weights("resnet50")
+data = generate(cache_folder() / "synthetic")
+CONFIG = preset("fast", **{**ONE_HEAD, "resize": 256, "crop": 256})
+transform = make_transform(256, 256)
+test = AnomalyDataset(data, "nut", "test", transform)
+yours = cache_folder() / f"chapter-07-nut-{weights.digest[:8]}.safetensors"
+model = SimpleNet.load(yours) if yours.is_file() else None
+if model is None or model.config != CONFIG:
+    model = train(AnomalyDataset(data, "nut", "train", transform), CONFIG, progress=False).model
+features = cached_features(model.features, test, model.feature_key(), progress=False)
+nut_maps = cached_maps(model, features, range(len(test)))
+maps = list(nut_maps.numpy())
+masks = [test[index]["mask"].numpy() for index in range(len(test))]
+labels = np.array([sample.label for sample in test.samples])
 
 
 # %% tags=["nbval-ignore-output"]
@@ -726,11 +565,12 @@ def published_pro(
 
 noise = list(rng.standard_normal((60, 256, 256)).astype(np.float32))
 smooth = [ndimage.gaussian_filter(scores, 5, mode="constant") for scores in noise]
-print(f"{'':22}AUPRO   as published")
-for name, some in (("noise", noise), ("noise, smoothed by 5", smooth), ("our maps of nut", maps)):
-    print(f"{name:22}{aupro(masks, some):5.2f}{published_pro(masks, some):12.2f}")
+print(f"{'':22}AUPRO 30%   AUPRO 5%   as published")
+for name, some in (("noise", noise), ("noise, smoothed by 5", smooth), ("your maps of nut", maps)):
+    fair = [aupro(masks, some, limit=limit) for limit in (0.3, 0.05)]
+    print(f"{name:22}{fair[0]:9.2f}{fair[1]:11.2f}{published_pro(masks, some):15.2f}")
 
-# %% tags=["hide-input"]
+# %% tags=["hide-cell"]
 by_formula = 1 - (1 - 0.7**26) / (26 * 0.3)
 assert abs(aupro(masks, noise) - 0.15) < 0.03
 assert abs(published_pro(masks, noise) - by_formula) < 0.03
@@ -738,36 +578,24 @@ assert abs(published_pro(masks, noise, widen=1) - 0.15) < 0.03
 assert abs(published_pro(masks, maps, widen=1) - aupro(masks, maps)) < 0.05
 
 # %% [markdown]
-# The finer the map, the larger the gift. It rewards detectors with speckled maps over detectors
-# with smooth ones, for no merit. A table that holds one number in one row and the other in the next
-# compares nothing. The limit belongs to the name as well: AUPRO up to 30% of false positives is generous,
-# and newer benchmarks stop at 5%:
-
-# %% tags=["nbval-ignore-output"]
-for limit in (0.3, 0.05):
-    print(f"our maps of nut, AUPRO up to {limit:.0%}: {aupro(masks, maps, limit=limit):.2f}")
-
-# %% [markdown]
-# ### A mean that hides a failure
-#
-# A detector with 100.0 on 14 categories and 94.0 on the fifteenth has a mean of
-# $(1400 + 94) / 15 = 99.6$. So has one with 99.6 on each. Whoever has to inspect the fifteenth
-# product wants to know which. Show every category, and the worst one by name.
+# The finer the map, the larger the gift, for no merit. And from 30% to 5% your detector loses more than most
+# detectors differ by. A table that holds one number in one row and another in the next compares nothing.
 #
 # ### A benchmark that is used up
 #
-# With means of 99.6, MVTec AD has a few wrong pairs left to fight about. Other data sets ask for more: VisA
+# With means of 99.6, MVTec AD has a few wrong pairs left to fight about. (And a mean hides a failure: 100.0 on 14
+# categories and 94.0 on the fifteenth make 99.6, too.) AUPIMO {cite:p}`bertoldo2024aupimo`, which sets
+# its limit on normal images alone and gives each defective image a number of its own, still separates detectors there;
+# its authors' code and anomalib have it, this library does not. Other data sets ask for more: VisA
 # {cite:p}`zou2022visa` has several objects in a picture and finer defects, MVTec LOCO
-# {cite:p}`bergmann2022loco` parts that are missing or in the wrong place, which no single position can see,
+# {cite:p}`bergmann2022loco` missing or misplaced parts, which no single position can see,
 # MVTec AD 2 {cite:p}`hecklerkram2025mvtecad2` other light in the test set and masks that are not published, so that
-# nobody can choose by them. A good number on bottle says nothing about these.
+# nobody can choose by them.
 #
 # ### Other images under the same name
 #
 # Our grid reaches the paper's image AUROC. It proves nothing: its good test images are
-# training images of the official split that we held back, and may be easier or harder than the
-# official ones. A file name does not tell. That is why the run's JSON holds the name of the data
-# set, and why grid is missing in the comparison above.
+# training images of the official split that we held back. That is why grid is missing in the comparison above.
 #
 # ## Exercises
 #
@@ -777,12 +605,11 @@ for limit in (0.3, 0.05):
 # You expect an image AUROC of about 0.97 and want its deviation over test images to be at most half a
 # point. With as many good images as defects: how many of each do you need, by {eq}`eq-benchmark-se`? And how
 # many if you have only 20 good ones?
-#
-# **Expected result:** about 600 of each; with 20 good ones no number of defects is enough.
 # :::
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
+# Expected result: about 600 of each; with 20 good ones no number of defects is enough.
 needed = next(n for n in range(2, 5000) if auroc_deviation(0.97, n, n) <= 0.005)
 assert 550 < needed < 650
 assert auroc_deviation(0.97, 20, 10**7) > 0.005
@@ -792,27 +619,27 @@ print(
 
 
 # %% [markdown]
-# :::{exercise} medium: what does one image cost?
-# :label: ex-benchmark-one
+# :::{exercise} medium: other nuts
+# :label: ex-benchmark-nuts
 #
-# A detector has image AUROC 1 on bottle (20 good images, 63 defects). Then one single defect falls
-# below all good images. What is the AUROC now? And if instead one single good image rises above all
-# defects? Work it out in pairs, then check with scikit-learn.
-#
-# **Expected result:** 98.4 percent and 95.0 percent.
+# The scoreboard promises your detector an error bar over *other* test images. Test the promise:
+# `generate(folder, categories=["nut"], seed=1, train=1)` draws 60 other test nuts. Score them with the same detector.
+# How far does its row move, and how often would you expect it to move by more than the bar?
 # :::
 
-# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
+# %% tags=["hide-cell", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
-truth = np.repeat([0, 1], [20, 63])
-perfect = np.arange(83.0)
-lost_defect, loud_good = perfect.copy(), perfect.copy()
-lost_defect[-1] = -1  # loses to 20 good images
-loud_good[0] = 100  # beats 63 defects
-results = [roc_auc_score(truth, scores) for scores in (lost_defect, loud_good)]
-assert np.allclose(results, (1 - 20 / 1260, 1 - 63 / 1260))
-# There are fewer good images, so each of them takes part in more pairs.
-print([f"{result:.1%}" for result in results])
+# Expected result: by a few thousandths to two hundredths. The difference of two test sets has a deviation of
+# 1.4 bars, so one in two moves by more than a bar, and one in twenty by more than 2.8.
+with tempfile.TemporaryDirectory() as folder:
+    other = generate(Path(folder) / "nuts", categories=["nut"], seed=1, train=1)
+    others = AnomalyDataset(other, "nut", "test", transform)
+    other_scores = [one.score for one in predict(model, others, progress=False)]
+for name, scores in (("these", image_score(nut_maps).numpy()), ("others", other_scores)):
+    area = roc_auc_score(labels, scores)
+    print(f"{name:7}{area:.3f} ± {auroc_deviation(area, 20, 40):.3f}")
+assert [one.label for one in others.samples] == labels.tolist()
+assert roc_auc_score(labels, other_scores) > 0.9
 
 # %% [markdown]
 # :::{exercise} hard: a smaller brush
@@ -822,12 +649,11 @@ print([f"{result:.1%}" for result in results])
 # {eq}`eq-benchmark-widened`, take the mean over $f$ from 0 to 0.3, and check it with `noise` and
 # `published_pro(..., widen=3)`. Then make the measure fair: let the false positives be counted on
 # the widened prediction, too. What does noise get now?
-#
-# **Expected result:** $1 - (1 - 0.7^{10}) / (10 \cdot 0.3) = 0.68$; fair, 0.15 again.
 # :::
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"} cellView="form" jupyter={"source_hidden": true}
 # @title Solution
+# Expected result: 1 - (1 - 0.7**10) / (10 * 0.3) = 0.68; fair, 0.15 again.
 small_brush = 1 - (1 - 0.7**10) / (10 * 0.3)
 assert abs(published_pro(masks, list(noise), widen=3) - small_brush) < 0.03
 # Fair: a map of 3 x 3 maxima is used for overlap and false positives alike.
@@ -845,9 +671,9 @@ print(f"3 x 3: {small_brush:.2f}; fair: within 0.03 of 0.15")
 # <details>
 # <summary>Answer</summary>
 #
-# It tells how much the number moves when the training is repeated. All five detectors saw the same
-# 80 test images. How much the number would move on other images, it does not tell: there the
-# bootstrap over the test images helps, or, with hardly any error to count, the rule $3 / n$.
+# It tells how much the number moves when the training is repeated. How much the number would
+# move on other images than these 80, it does not tell: there the bootstrap helps, or, with hardly any error to
+# count, the rule $3 / n$.
 #
 # </details>
 #
@@ -870,30 +696,41 @@ print(f"3 x 3: {small_brush:.2f}; fair: within 0.03 of 0.15")
 # <summary>Answer</summary>
 #
 # A tolerance would have to apply to both sides. Here a pixel near the defect helps the overlap, but
-# the widened part is never counted as a false positive. So a speckled map gains at no cost; pure
-# noise gets 0.87. A fair tolerance widens the prediction for both counts, or leaves a band around
-# the mask out of both.
+# the widened part is never counted as a false positive. A fair tolerance widens the prediction for both counts, or leaves a band around the mask out
+# of both.
 #
 # </details>
 #
+# ## The scoreboard
+#
+# This chapter has changed no detector, only what you may say about them: near the top 60 nuts leave one to two
+# hundredths of room.
+
+# %% mystnb={"image": {"alt": "Five rows of dots with error bars, image AUROC on the 60 test nuts. Pixel statistics lie near 0.57; position statistics, neighbours, one head and the committee lie between 0.9 and 1, with overlapping bars. One head is drawn in colour."}, "figure": {"caption": "The book's detectors on the same 60 test nuts, \u00b1 the standard deviation over other test images. In colour: your detector of chapter 7.", "name": "fig-benchmark-scoreboard"}} tags=["hide-input"]
+board_labels, rows = scoreboard()
+assert board_labels == labels.tolist()
+stored = roc_auc_score(labels, rows["one head"])
+rows["one head"] = image_score(nut_maps).numpy()
+assert abs(roc_auc_score(labels, rows["one head"]) - stored) < 0.05
+plots.scoreboard(rows, labels, new=["one head"])
+plt.show()
+
+# %% [markdown]
 # ## Summary
 #
-# - A number needs its protocol: which images, which state, which measure, how many seeds and test
-#   images.
 # - The published rule keeps the state with the best image AUROC on the test set. On our runs that adds 1.3
 #   points of image AUROC on weld and takes a point of pixel AUROC away: luck, not learning.
 # - A ± over seeds is not a ± over test images. The second is the larger one wherever there is anything left
 #   to gain; for a difference, draw both detectors' scores together.
-# - 20 good test images leave room for 14 percent false alarms behind a perfect score. A few tenths
-#   of a percent decide nothing.
-# - The published PRO widens the prediction for the overlap only. Pure noise then gets 0.87 where
-#   AUPRO gives 0.15.
+# - 20 good test images leave room for 14 percent false alarms behind a perfect score.
+# - The published PRO gives pure noise 0.87 where AUPRO gives 0.15. State the limit, 30% or 5%, with the name.
 #
 # ## References
 #
 # - {cite:t}`liu2023simplenet`, section 4: the experiments and their tables.
 # - {cite:t}`bergmann2021mvtec`: the data set, and AUPRO as it is meant.
 # - {cite:t}`rolih2024supersimplenet`: a successor that reports the last epoch.
+# - {cite:t}`bertoldo2024aupimo`: a stricter measure of localisation.
 # - {cite:t}`zou2022visa`, {cite:t}`bergmann2022loco`, {cite:t}`hecklerkram2025mvtecad2`: harder data sets.
 # - {cite:t}`efron1993bootstrap`: the bootstrap.
 # - {cite:t}`hanley1982auc`: the AUROC as a share of pairs, and its standard error.
@@ -902,3 +739,24 @@ print(f"3 x 3: {small_brush:.2f}; fair: within 0.03 of 0.15")
 #
 # [Your own photos](12_your_own_photos.ipynb) leaves the benchmarks: from a folder of good photos to
 # a detector that runs at the line.
+#
+# ## Appendix: your own copy of MVTec AD
+#
+# MVTec AD is licensed CC BY-NC-SA 4.0, this book CC BY 4.0, so none of its images is shown here. If
+# you have them, the next cell trains on bottle, which takes a few minutes, and shows maps. It looks
+# into the folder that `MVTEC_AD` names, then into `data/mvtec_ad`, where `simplenet download` puts them.
+
+# %% tags=["hide-cell", "nbval-ignore-output"] mystnb={"image": {"alt": "Photos of your own copy of MVTec AD in columns, with the marked defect and the anomaly map below each."}, "figure": {"caption": "Bottle from your own copy of MVTec AD, one head.", "name": "fig-benchmark-mvtec"}}
+places = [Path(os.environ["MVTEC_AD"])] if "MVTEC_AD" in os.environ else []
+places += [Path("../data/mvtec_ad"), Path("data/mvtec_ad")]
+mvtec = next((place for place in places if (place / "bottle/train/good").is_dir()), None)
+if mvtec is None:
+    print("No MVTec AD on this disk. To get it, run in the repository's folder:")
+    print("    simplenet download")
+    print("(5.3 GB; CC BY-NC-SA 4.0: not for commercial use). The chapter goes on without it.")
+else:
+    result = run(mvtec, "bottle", preset("fast", **ONE_HEAD, ratio=1.0), progress=False)
+    print({name: round(result.report[name], 3) for name in ("image_auroc", "pixel_auroc", "aupro")})
+    shown = {prediction.sample.defect: prediction for prediction in result.predictions}
+    gallery(list(shown.values()), result.trained.model.config)
+    plt.show()
