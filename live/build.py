@@ -43,13 +43,7 @@ SCRIPTS = (
     *("worker.js", "detector.js", "training.js", "checkpoint.js"),
 )
 NUTS = 3  # good ones to scratch
-SHOWN = (
-    "scratch",
-    "dent",
-    "broken_corner",
-    "rust",
-    "fibre",
-)  # defects whose answers are there before anything is loaded
+SHOWN = ("scratch", "dent", "broken_corner", "rust")  # whose answers are there at once
 
 #: The default preset, made light enough for a phone: fewer pixels, heads, steps and vectors.
 PAGE = preset("fast", resize=256, crop=256, heads=3, steps=200, batch_size=512)

@@ -90,6 +90,7 @@ for (const key of ["ArrowLeft", "Shift+ArrowLeft", "Space", "Shift+ArrowUp", "Sh
 await another(report.clean);
 report.scratched = await settle();
 report.picture = await page.$eval("#nut-photo", (canvas) => canvas.toDataURL("image/png"));
+await page.locator("#nut-photo").scrollIntoViewIfNeeded();
 const box = await page.locator("#nut-photo").boundingBox();
 await page.mouse.move(box.x + 40, box.y + 40);
 await page.mouse.down();
