@@ -22,7 +22,18 @@ async function look(file) {
   if (width * height > MEGAPIXELS * 1e6) {
     throw new Error(`${file.name} has ${Math.round((width * height) / 1e6)} megapixels; ${MEGAPIXELS} at most: make it smaller.`);
   }
-  return { width, height, image };
+  return { width, height };
+}
+
+// A small picture with this shorter side, decoded outside of the page's own thread.
+async function reduced(file, { width, height }, side) {
+  const [resizeWidth, resizeHeight] = [width, height].map((length) =>
+    Math.max(1, Math.round((length * side) / Math.min(width, height))));
+  try {
+    return await createImageBitmap(file, { resizeWidth, resizeHeight, resizeQuality: "medium" });
+  } catch {
+    throw new Error(`${file.name} cannot be decoded: it is damaged, or too large for this device.`);
+  }
 }
 
 async function add(files) {
@@ -33,15 +44,14 @@ async function add(files) {
       break;
     }
     try {
-      const { width, height, image } = await look(file);
+      const size = await look(file), picture = await reduced(file, size, 72);
       const item = document.createElement("li"), small = document.createElement("canvas");
       Object.assign(small, { width: 72, height: 72 });
-      const side = Math.min(width, height);
-      small.getContext("2d").drawImage(image, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 72, 72);
+      small.getContext("2d").drawImage(picture, (72 - picture.width) / 2, (72 - picture.height) / 2);
       item.append(small, document.createElement("span"));
       item.title = file.name;
       $("own-list").append(item);
-      good.push({ file, ratio: height / width, item });
+      good.push({ file, ratio: size.height / size.width, item });
     } catch (error) {
       faults.push(error.message);
     }
@@ -113,14 +123,14 @@ async function openModel(file) {
 async function test(files) {
   for (const file of files) {
     try {
-      const { width, height, image } = await look(file);
+      const picture = await reduced(file, await look(file), 240);
       say("test-status", `Looking at ${file.name} …`);
       const result = await ask("predict", { model: "own", photo: file });
       const figure = document.createElement("figure"), stage = document.createElement("div");
       const photo = document.createElement("canvas"), map = document.createElement("canvas");
       stage.className = "try-stage";
-      Object.assign(photo, { width: 320, height: Math.round((320 * height) / width) });
-      photo.getContext("2d").drawImage(image, 0, 0, photo.width, photo.height);
+      Object.assign(photo, { width: picture.width, height: picture.height });
+      photo.getContext("2d").drawImage(picture, 0, 0);
       paint(map, result);
       place(map, result.box);
       stage.append(photo, map);
