@@ -66,6 +66,8 @@ lint: $(READY) ## check style and types
 format: $(READY) ## correct what can be corrected automatically
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/typer simplenet_lib.cli utils docs --name simplenet --title "The command" \
+		--output reference/command.md
 
 # The text is the source: edit notebooks/py/NAME.py, then `make sync NOTEBOOKS=notebooks/NAME.ipynb`.
 sync: $(READY) ## build the notebooks from notebooks/py and run them, with outputs

@@ -1,6 +1,9 @@
 """Write the book's page of versions and run times from the notebooks that `make book` ran.
 
-make book && python benchmarks/run_times.py
+    rm -rf _build/run && make book && python benchmarks/run_times.py
+
+Without the first command `make book` runs only what has changed, and the page would mix the
+times of several days. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -26,11 +29,15 @@ def seconds(notebook: Path) -> float:
 
 def main() -> None:
     """Write ``versions.md``."""
+    notebooks = sorted(Path("_build/run").glob("*.ipynb"))
+    if not notebooks:
+        raise SystemExit("_build/run holds no notebooks: run `make book` first.")
     lines = [
         "# Versions and run times",
         "",
         "The outputs in this book were made with these versions. `requirements.lock` holds all of",
-        "them; `pyproject.toml` says which others are admitted.",
+        "them; `pyproject.toml` says which others are admitted. `benchmarks/run_times.py` writes",
+        "this page and says how.",
         "",
         "| package | version |",
         "|---|---|",
@@ -47,7 +54,7 @@ def main() -> None:
         "| chapter | seconds |",
         "|---|---|",
     ]
-    for notebook in sorted(Path("_build/run").glob("*.ipynb")):
+    for notebook in notebooks:
         lines.append(f"| {notebook.stem} | {seconds(notebook):.0f} |")
     Path("versions.md").write_text("\n".join(lines) + "\n")
 

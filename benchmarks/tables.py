@@ -1,20 +1,21 @@
-"""Write the tables of README.md anew from the runs in ``results/``.
+"""Write the tables of README.md and benchmarks.md anew from the measurements in ``results/``.
 
     python benchmarks/tables.py
 
 A table stands between two comments, ``<!-- table NAME -->`` and ``<!-- end -->``. A test
-holds that the README says what this program would write.
+holds that both pages say what this program would write.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from simplenet_lib.benchmark import PAPER, mean_and_deviation, measured_runs, table, with_both
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 #: The five development sets, hardest first, as the tables order them.
 CATEGORIES = ("kolektorsdd", "screw", "weld", "grid", "bottle")
 
@@ -47,8 +48,8 @@ def runs_of(category: str, preset: str) -> list[dict[str, Any]]:
 
 
 def presets() -> str:
-    """The other presets."""
-    return table(run for run in measured_runs() if run["preset"] != "fast")
+    """Every preset on every measured category."""
+    return table(measured_runs())
 
 
 def ablation() -> str:
@@ -81,21 +82,89 @@ def place(run: dict[str, Any]) -> tuple[bool, str]:
     return "changes" not in run, run["variant"]
 
 
-TABLES = {"expectations": expectations, "presets": presets, "ablation": ablation}
+def speed() -> str:
+    """One image at a time: this library beside the bare backbone."""
+    times = measured("inference")["batch_1"]["ms_an_image"]
+    eager = min(times["bare_eager"], times["bare_channels_last"])
+    rows = {
+        "PyTorch": (times["ours"], eager),
+        "compiled": (times["ours_compiled"], times["bare_compiled"]),
+        "ONNX Runtime, the backbone compiled": (times["onnxruntime_cpu"], times["bare_compiled"]),
+    }
+    lines = ["| one image at a time | ours | bare backbone | ratio |", "|---|---|---|---|"]
+    for name, (ours, bare) in rows.items():
+        lines.append(f"| {name} | {ours:.0f} ms | {bare:.0f} ms | {ours / bare:.2f} |")
+    return "\n".join(lines)
 
 
-def rewritten(text: str) -> str:
-    """The text with every table written anew."""
-    for name, make in TABLES.items():
+def peers() -> str:
+    """Detectors of anomalib beside this library, on the same images of bottle."""
+    lines = [
+        "| detector | image AUROC | pixel AUROC | AUPRO | training | one image, ms | memory, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, run in measured("peers").items():
+        if isinstance(run, dict) and "image_ms" in run:
+            metrics = [
+                f"{100 * run[metric]:.1f}" if metric in run else "–"
+                for metric in ("image_auroc", "pixel_auroc", "aupro")
+            ]
+            training = f"{run['train_seconds']:.0f} s"
+            if "worked out" in run.get("note", ""):
+                training = f"about {run['train_seconds'] / 3600:.0f} h"
+            cells = [name, *metrics, training, f"{run['image_ms']:.0f}", f"{run['peak_gb']:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tiles() -> str:
+    """Small spots on large sheets: the whole sheet at once, and tiles."""
+    found = measured("tiles")
+    lines = [
+        "| looks at | image AUROC | highest score on the spot | one sheet, s |",
+        "|---|---|---|---|",
+    ]
+    for way in found["ways"]:
+        name = f"tiles of {way['tile']} px" if way["tile"] else f"the sheet in {way['seen'][0]} px"
+        on_it = f"{way['highest_on_the_spot']} of {len(way['scores']['spot'])}"
+        auroc, seconds = 100 * way["image_auroc"], way["seconds_an_image"]
+        lines.append(f"| {name} | {auroc:.1f} | {on_it} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """What a program of this folder has measured in ``results/bench/``."""
+    found: dict[str, Any] = json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text())
+    return found
+
+
+#: For each page its tables.
+TABLES = {
+    "README.md": {"expectations": expectations},
+    "benchmarks.md": {
+        "presets": presets,
+        "ablation": ablation,
+        "tiles": tiles,
+        "speed": speed,
+        "peers": peers,
+    },
+}
+
+
+def rewritten(page: str) -> str:
+    """The text of a page with every table written anew."""
+    text = (ROOT / page).read_text()
+    for name, make in TABLES[page].items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         written = make() + "\n"
         text, count = re.subn(
             pattern, lambda found, new=written: found[1] + new + found[2], text, flags=re.S
         )
         if count != 1:
-            raise SystemExit(f"README.md: {count} tables named {name}, not one.")
+            raise SystemExit(f"{page}: {count} tables named {name}, not one.")
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))
+    for page in TABLES:
+        (ROOT / page).write_text(rewritten(page))

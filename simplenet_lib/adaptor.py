@@ -15,6 +15,12 @@ class Adaptor(nn.Module):
     ----------
     in_channels, out_channels : int
         Channels C of the frozen features and A of the adapted ones.
+
+    Examples
+    --------
+    >>> adaptor = Adaptor(in_channels=1536, out_channels=128)
+    >>> adaptor(torch.zeros(2, 28, 28, 1536)).shape
+    torch.Size([2, 28, 28, 128])
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

@@ -1,7 +1,7 @@
 """Chapter 10: three detectors that train no network, to compare with.
 
 Each looks at one map at a time, (C, h, w): the normalised image itself, or its
-standardised features. `fit` sees the maps of normal images, `score_map` gives
+standardised features. ``fit`` sees the maps of normal images, ``score_map`` gives
 every position of a new one a number: high is anomalous.
 """
 
@@ -22,6 +22,14 @@ class PixelGaussian:
     ----------
     delta : float
         Added to every variance, so that a pixel which never changes divides by no zero.
+
+    Examples
+    --------
+    >>> detector = PixelGaussian(delta=1.0)
+    >>> detector.fit([torch.zeros(3, 2, 2), torch.full((3, 2, 2), 2.0)])  # mean 1, variance 1
+    >>> detector.score_map(torch.full((3, 2, 2), 3.0))  # (3 - 1)² / (1 + 1)
+    tensor([[2., 2.],
+            [2., 2.]])
     """
 
     def __init__(self, delta: float = 0.01) -> None:
@@ -54,6 +62,14 @@ class PositionGaussian:
     ----------
     Defard, Setkov, Loesch, Audigier: PaDiM, a Patch Distribution Modeling Framework for
     Anomaly Detection and Localization, ICPR workshops 2021.
+
+    Examples
+    --------
+    >>> maps = torch.randn(50, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    >>> detector = PositionGaussian(channels=4)
+    >>> detector.fit(list(maps))
+    >>> bool((detector.score_map(maps[0] + 10) > detector.score_map(maps[0])).all())
+    True
     """
 
     def __init__(self, channels: int = 100, seed: int = 0, ridge: float = 0.01) -> None:
@@ -103,6 +119,11 @@ def coreset(vectors: Tensor, count: int, first: int) -> Tensor:
     ----------
     Gonzalez: Clustering to Minimize the Maximum Intercluster Distance, Theoretical
     Computer Science 38, 1985.
+
+    Examples
+    --------
+    >>> coreset(torch.tensor([[0.0], [1.0], [9.0], [10.0]]), count=2, first=0)
+    tensor([0, 3])
     """
     squares = torch.linalg.vecdot(vectors, vectors)
     nearest = torch.full_like(squares, torch.inf)  # squared distance to the nearest pick
@@ -154,6 +175,14 @@ class PatchCore:
     ----------
     Roth, Pemula, Zepeda, Schölkopf, Brox, Gehler: Towards Total Recall in Industrial
     Anomaly Detection, CVPR 2022.
+
+    Examples
+    --------
+    >>> detector = PatchCore(share=1.0, neighbourhood=1)
+    >>> detector.fit([torch.zeros(2, 2, 2)])
+    >>> detector.score_map(torch.tensor([3.0, 4.0])[:, None, None].expand(2, 2, 2))
+    tensor([[5., 5.],
+            [5., 5.]])
     """
 
     def __init__(

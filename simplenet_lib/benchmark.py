@@ -92,6 +92,14 @@ class Run:
         One for every test image; None if there are none with and without a defect.
     report : dict
         What goes into a JSON file: configuration, metrics, scores of all images, times.
+
+    Examples
+    --------
+    >>> from simplenet_lib.training import train
+    >>> normal, _, config = datasets(data, "nut", model.config)
+    >>> done = Run(train(normal, config, weights=weights_file, progress=False), None, {"seed": 0})
+    >>> done.trained.model.threshold > done.trained.model.typical
+    True
     """
 
     trained: Trained
@@ -134,6 +142,14 @@ def datasets(
     SimpleNetError
         See :func:`simplenet_lib.dataset.find_samples`; or if files are damaged: it names
         all of them.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> normal, test, config = datasets(data, "nut", preset("fast"), say=print)
+    Found 6 normal images to train on; to test with 2 good, 1 broken_corner, ...; 5 masks.
+    >>> len(normal), len(test), config.seen
+    (6, 7, (384, 384))
     """
     transform = make_transform(config.size, config.seen)
     normal: ImageFiles
@@ -182,7 +198,14 @@ def datasets(
 
 
 def can_be_evaluated(test: AnomalyDataset | None) -> bool:
-    """Whether there are test images with and without a defect."""
+    """Whether there are test images with and without a defect.
+
+    Examples
+    --------
+    >>> _, test, _ = datasets(data, "nut", model.config)
+    >>> can_be_evaluated(test), can_be_evaluated(None)
+    (True, False)
+    """
     return test is not None and has_both_kinds(test.samples)
 
 
@@ -212,6 +235,12 @@ def run(
         Receives the run once it is trained, before anything can go wrong in its evaluation.
     weights, device, checkpoint, progress
         See :func:`simplenet_lib.training.train`.
+
+    Examples
+    --------
+    >>> done = run(data, "nut", model.config, weights=weights_file, progress=False)
+    >>> done.report["train_images"], sorted(done.report["deviation_over_images"])
+    (6, ['aupro', 'image_auroc', 'pixel_auroc'])
     """
     normal, test, config = datasets(
         data, category, config, skip_damaged=skip_damaged, say=say, progress=progress
@@ -260,7 +289,15 @@ def run(
 
 
 def digest_of(samples: Sequence[Sample]) -> str:
-    """One SHA-256 of images, their kinds and their masks, wherever they lie."""
+    """One SHA-256 of images, their kinds and their masks, wherever they lie.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import photos
+    >>> good = photos(data / "nut" / "train" / "good")
+    >>> digest_of(good) == digest_of(good), digest_of(good) == digest_of(good[1:])
+    (True, False)
+    """
     digests = []
     for sample in samples:
         masks = [] if sample.mask is None else [sample.mask]
@@ -283,6 +320,15 @@ def is_trained(path: Path, normal: ImageFiles, config: Config, weights: Path | N
     ------
     SimpleNetError
         If there is another one: it says in what they differ.
+
+    Examples
+    --------
+    >>> normal, _, config = datasets(data, "nut", model.config)
+    >>> is_trained(folder / "model.safetensors", normal, config, weights_file)
+    False
+    >>> model.save(folder / "model.safetensors")
+    >>> is_trained(folder / "model.safetensors", normal, config, weights_file)
+    True
     """
     if not path.exists():
         return False
@@ -321,6 +367,16 @@ def trained_on(model: Path) -> tuple[Path, str, str]:
     ------
     SimpleNetError
         If it is not there, belongs to another model, or there were no test images.
+
+    Examples
+    --------
+    >>> import json
+    >>> model.save(folder / "model.safetensors")
+    >>> report = {"category": "nut", "seed": 0, "data": "photos", "test_digest": "e3b0"}
+    >>> text = json.dumps(report | {"images": model.images})
+    >>> _ = (folder / "metrics.json").write_text(text)
+    >>> trained_on(folder / "model.safetensors")
+    (...Path('photos'), 'nut', 'e3b0')
     """
     path = model.with_name("metrics.json")
     _, metadata = read_checkpoint(model)
@@ -360,6 +416,14 @@ def recalibrate(
     ------
     SimpleNetError
         If a photo cannot be read, it was trained on just these, or they do not differ.
+
+    Examples
+    --------
+    >>> threshold = model.threshold
+    >>> photos = sorted((data / "nut" / "test" / "good").glob("*.png"))
+    >>> before, unfamiliar = recalibrate(model, photos, false_alarms=0.0)
+    >>> model.threshold == threshold
+    False
     """
     if model.images == digest_of_images(map(_digest, photos)):
         raise SimpleNetError(
@@ -394,6 +458,14 @@ def compare(predictions: Sequence[Prediction]) -> dict[str, Any]:
         pixel metrics by a bootstrap; ``false_alarm_rate`` and ``detection_rate`` at the
         threshold; ``scores`` by defect type and file name; ``mask_note`` if the masks
         are such that pixel metrics would mislead: see :func:`mask_note`.
+
+    Examples
+    --------
+    >>> from simplenet_lib.localization import predict
+    >>> _, test, _ = datasets(data, "nut", model.config)
+    >>> report = compare(list(predict(model, test, progress=False)))
+    >>> sorted(report["scores"]["good"]), 0 <= report["image_auroc"] <= 1
+    (['000', '001'], True)
     """
     metrics = metrics_of(predictions)
     labels = np.array([prediction.sample.label for prediction in predictions])
@@ -426,7 +498,13 @@ def compare(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The name of each path, with as many of its folders as set it apart from the others."""
+    """The name of each path, with as many of its folders as set it apart from the others.
+
+    Examples
+    --------
+    >>> short_names([Path("a/good/0.png"), Path("a/hole/0.png"), Path("a/hole/1.png")])
+    ['good/0.png', 'hole/0.png', '1.png']
+    """
     names = []
     for path in paths:
         parts = 1
@@ -440,7 +518,13 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that decides a number."""
+    """Versions of everything that decides a number.
+
+    Examples
+    --------
+    >>> list(versions())
+    ['simplenet_lib', 'python', 'torch', 'torchvision']
+    """
     return {
         "simplenet_lib": __version__,
         "python": platform.python_version(),
@@ -450,7 +534,13 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: str) -> str:
-    """The graphics card by name, or the number of processor threads."""
+    """The graphics card by name, or the number of processor threads.
+
+    Examples
+    --------
+    >>> hardware("cpu")
+    '... CPU threads, ...'
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     if torch.device(device).type == "mps":
@@ -467,6 +557,12 @@ def measured_runs(kind: str = "") -> list[dict[str, Any]]:
         Folder in ``results/``: ``""`` for whole runs of a preset, ``"ablation"``; and of the
         first edition's default, one head, ``"first"``, ``"first_ablation"``,
         ``"first_steps"`` and ``"first_photos"``.
+
+    Examples
+    --------
+    >>> run = measured_runs()[0]
+    >>> run["category"], run["preset"], run["seed"]
+    ('bottle', 'course', 0)
     """
     return read_runs(_results() / kind)
 
@@ -501,12 +597,25 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     ------
     SimpleNetError
         If a file is not what ``simplenet benchmark`` writes.
+
+    Examples
+    --------
+    >>> _ = (folder / "nut-fast-0.json").write_text('{"category": "nut", "seed": 0}')
+    >>> read_runs(folder)
+    [{'category': 'nut', 'seed': 0}]
     """
     return [read_run(path) for path in sorted(folder.glob("*.json"))]
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read one run; see :func:`read_runs`."""
+    """Read one run; see :func:`read_runs`.
+
+    Examples
+    --------
+    >>> _ = (folder / "nut-fast-0.json").write_text('{"category": "nut", "seed": 0}')
+    >>> read_run(folder / "nut-fast-0.json")["category"]
+    'nut'
+    """
     try:
         run = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -523,6 +632,12 @@ def is_done(path: Path, dataset: str, category: str, config: Config) -> bool:
     ------
     SimpleNetError
         If it holds another run: of another data set or configuration.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> is_done(folder / "nut-fast-0.json", "synthetic", "nut", preset("fast"))
+    False
     """
     if not path.is_file():
         return False
@@ -538,7 +653,13 @@ def is_done(path: Path, dataset: str, category: str, config: Config) -> bool:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Shares between 0 and 1 as percent, ``"99.8 ± 0.2"``; one value has no deviation."""
+    """Shares between 0 and 1 as percent, ``"99.8 ± 0.2"``; one value has no deviation.
+
+    Examples
+    --------
+    >>> mean_and_deviation([0.97, 0.99]), mean_and_deviation([0.97])
+    ('98.0 ± 1.4', '97.0')
+    """
     percent = [100 * value for value in values]
     if len(percent) == 1:
         return f"{percent[0]:.1f}"
@@ -546,7 +667,14 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def with_both(runs: Sequence[dict[str, Any]], metric: str) -> str:
-    """A metric in percent, ``"97.1 ± 0.3 ± 1.2"``: over the runs' seeds, over test images."""
+    """A metric in percent, ``"97.1 ± 0.3 ± 1.2"``: over the runs' seeds, over test images.
+
+    Examples
+    --------
+    >>> runs = [{"aupro": 0.9, "deviation_over_images": {"aupro": 0.02}}, {"aupro": 0.94}]
+    >>> with_both(runs, "aupro")
+    '92.0 ± 2.8 ± 2.0'
+    """
     values = [run[metric] for run in runs if metric in run]
     if not values:
         return "no masks"
@@ -564,6 +692,15 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
     The first ± is the standard deviation over seeds, the second the one over test
     images. The seconds of the features are the highest of a row: later seeds read
     them from the cache.
+
+    Examples
+    --------
+    >>> run = {"category": "nut", "preset": "fast", "image_auroc": 0.98}
+    >>> run |= {"seconds_features": 9, "seconds_training": 60}
+    >>> print(table([run | {"false_alarm_rate": 0.05, "detection_rate": 0.95}]))
+    | category | preset | seeds | image AUROC | pixel AUROC | ...
+    | --- | --- | ...
+    | nut | `fast` | 1 | 98.0 | no masks | no masks | 5.0 | 95.0 | 9 | 60 |
     """
     columns = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
     rates = {"false_alarm_rate": "false alarms", "detection_rate": "defects found"}

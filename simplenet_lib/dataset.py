@@ -86,6 +86,11 @@ class Sample:
     """One image on disk: its defect type (``"good"`` if none) and its mask, if it has one.
 
     The mask is a file, or a folder of several that are merged.
+
+    Examples
+    --------
+    >>> Sample(Path("test/hole/000.png"), "hole").label, Sample(Path("000.png"), "good").label
+    (1, 0)
     """
 
     image: Path
@@ -99,7 +104,15 @@ class Sample:
 
 
 class Item(TypedDict):
-    """What a dataset hands to the loader; a batch has N in front of every shape."""
+    """What a dataset hands to the loader; a batch has N in front of every shape.
+
+    Examples
+    --------
+    >>> items = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> item: Item = items[0]
+    >>> item["image"].shape, item["mask"].shape, item["label"]
+    (torch.Size([3, 32, 32]), torch.Size([32, 32]), 1)
+    """
 
     image: Tensor  #: (3, H, W), normalised
     mask: Tensor  #: (H, W) of bool, all False without a mask
@@ -111,7 +124,13 @@ class Item(TypedDict):
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder is hidden, or of a system's or a program's making."""
+    """Whether a file or folder is hidden, or of a system's or a program's making.
+
+    Examples
+    --------
+    >>> is_system("Thumbs.db"), is_system(".hidden"), is_system("photo.png")
+    (True, True, False)
+    """
     return name.startswith(".") or name.lower() in SYSTEM
 
 
@@ -132,6 +151,15 @@ def image_files(folder: Path, passed: Counter[str] | None = None) -> list[Path]:
     ------
     SimpleNetError
         If the folder itself cannot be opened; one inside it counts as passed over.
+
+    Examples
+    --------
+    >>> from collections import Counter
+    >>> (folder / "notes.txt").touch()
+    >>> (folder / "photo.png").touch()
+    >>> passed = Counter()
+    >>> [path.name for path in image_files(folder, passed)], passed
+    (['photo.png'], Counter({'.txt': 1}))
     """
     passed = Counter() if passed is None else passed
     found: list[Path] = []
@@ -175,7 +203,14 @@ def _unreadable(path: Path) -> str:
 
 
 def passed_over(passed: Counter[str]) -> str:
-    """``"3 files passed over (2 .txt, 1 hidden or the system's)"``, or nothing."""
+    """``"3 files passed over (2 .txt, 1 hidden or the system's)"``, or nothing.
+
+    Examples
+    --------
+    >>> from collections import Counter
+    >>> passed_over(Counter({".txt": 2}))
+    '2 files passed over (2 .txt)'
+    """
     if not passed:
         return ""
     count = sum(passed.values())
@@ -184,7 +219,13 @@ def passed_over(passed: Counter[str]) -> str:
 
 
 def kind_of(name: str) -> str | None:
-    """``"good"`` or ``"bad"`` if a folder's name says so, in any case: OK, Good, not_ok."""
+    """``"good"`` or ``"bad"`` if a folder's name says so, in any case: OK, Good, not_ok.
+
+    Examples
+    --------
+    >>> kind_of("OK"), kind_of("not_ok"), kind_of("hole")
+    ('good', 'bad', None)
+    """
     words = set(re.split(r"[ ._-]+", name.lower()))
     good, bad, negated = (bool(words & some) for some in (GOOD, BAD, NOT))
     if good == bad:
@@ -202,6 +243,11 @@ class Found:
         Normal images to train on; images to test with.
     passed : Counter
         How many files were passed over, by the reason.
+
+    Examples
+    --------
+    >>> Found(test=[Sample(Path("0.png"), "hole"), Sample(Path("1.png"), "good")]).summary()
+    'Found to test with 1 good, 1 hole; 0 masks.'
     """
 
     train: list[Sample] = field(default_factory=list)
@@ -227,6 +273,12 @@ def photos(folder: Path, passed: Counter[str] | None = None) -> list[Sample]:
     ------
     SimpleNetError
         If there are none, or the name of a folder or file says that not all are good.
+
+    Examples
+    --------
+    >>> samples = photos(data / "nut" / "train" / "good")
+    >>> len(samples), samples[0].image.name, samples[0].defect
+    (6, '000.png', 'good')
     """
     images = image_files(folder, passed)
     if not images:
@@ -290,7 +342,13 @@ def _base(stem: str) -> str:
 
 
 def is_category(folder: Path) -> bool:
-    """Whether a folder has inside what makes a category: train, OK, NG, or VisA's Data."""
+    """Whether a folder has inside what makes a category: train, OK, NG, or VisA's Data.
+
+    Examples
+    --------
+    >>> is_category(data / "nut"), is_category(data)
+    (True, False)
+    """
     inside = {path.name.lower(): path for path in _folders(folder)}
     if "data" in inside and inside.keys() == {"data"}:
         return any(path.name.lower() == "images" for path in _folders(inside["data"]))
@@ -301,7 +359,13 @@ def is_category(folder: Path) -> bool:
 
 
 def categories(root: Path) -> list[str]:
-    """Names of the folders in ``root`` that hold a category, sorted."""
+    """Names of the folders in ``root`` that hold a category, sorted.
+
+    Examples
+    --------
+    >>> categories(data)
+    ['nut']
+    """
     return sorted(path.name for path in _folders(root) if is_category(path))
 
 
@@ -331,6 +395,14 @@ def find_samples(folder: Path) -> Found:
     ------
     SimpleNetError
         If folders contradict each other, a mask has no image, or only some defects have masks.
+
+    Examples
+    --------
+    >>> found = find_samples(data / "nut")
+    >>> len(found.train), len(found.test)
+    (6, 7)
+    >>> found.test[0].defect, found.test[0].mask.name
+    ('broken_corner', '000_mask.png')
     """
     found = Found()
     images = image_files(folder, found.passed)
@@ -443,7 +515,18 @@ def _match(masks: Sequence[_Place], folder: Path, found: Found) -> None:
 
 
 class MaskSizeError(SimpleNetError):
-    """A mask has another size than its image."""
+    """A mask has another size than its image.
+
+    Examples
+    --------
+    >>> Image.new("RGB", (8, 8)).save(folder / "photo.png")
+    >>> Image.new("L", (4, 4)).save(folder / "mask.png")
+    >>> sample = Sample(folder / "photo.png", "hole", folder / "mask.png")
+    >>> ImageFiles([sample], make_transform(32, 32))[0]
+    Traceback (most recent call last):
+        ...
+    simplenet_lib.dataset.MaskSizeError: ...mask.png: 4x4, but its image is 8x8.
+    """
 
 
 def read_file(path: Path) -> bytes:
@@ -453,6 +536,11 @@ def read_file(path: Path) -> bytes:
     ------
     SimpleNetError
         If it is missing or cannot be read.
+
+    Examples
+    --------
+    >>> read_file(data / "nut" / "train" / "good" / "000.png")[1:4]
+    b'PNG'
     """
     try:
         return path.read_bytes()
@@ -493,6 +581,12 @@ def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
     white : float
         The value that is white in an image of more than 8 bits or of floating point; 0
         for 65535, and 1 for floating point. What is transparent is laid on white.
+
+    Examples
+    --------
+    >>> deep = Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))
+    >>> np.asarray(as_rgb(deep, white=4095)).tolist()
+    [[[0, 0, 0], [255, 255, 255]]]
     """
     if image.mode.startswith(("I", "F")):
         white = white or (1 if image.mode == "F" else 65535)
@@ -521,6 +615,12 @@ def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image
     ------
     SimpleNetError
         If the file is missing, damaged, too large to be a photograph, or not an image.
+
+    Examples
+    --------
+    >>> image = read_image(data / "nut" / "train" / "good" / "000.png")
+    >>> image.mode, image.size
+    ('RGB', (64, 64))
     """
     return as_rgb(_open(path, data), white)
 
@@ -550,6 +650,12 @@ def as_picture(
     ------
     SimpleNetError
         If it cannot be read, or could be meant in more than one way.
+
+    Examples
+    --------
+    >>> frame = np.zeros((48, 64, 3), np.uint8)
+    >>> as_picture(frame, "frame 1", channels="bgr").size
+    (64, 48)
     """
     if channels not in ("rgb", "bgr"):
         raise SimpleNetError(f"channels is '{channels}', not rgb or bgr.")
@@ -625,6 +731,12 @@ def read_mask(path: Path) -> Image.Image:
     ------
     SimpleNetError
         If a file is missing, damaged, or not an image, or if several differ in size.
+
+    Examples
+    --------
+    >>> Image.fromarray(np.array([[0, 255], [0, 0]], np.uint8)).save(folder / "mask.png")
+    >>> np.asarray(read_mask(folder / "mask.png")).tolist()
+    [[0, 1], [0, 0]]
     """
     if path.is_dir():
         several = [read_mask(file) for file in image_files(path)]
@@ -678,6 +790,15 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
     size, crop : int or (int, int)
         Height and width in pixels of the resized image and of its central cut-out;
         one number for a square.
+
+    Examples
+    --------
+    >>> from torchvision import tv_tensors
+    >>> transform = make_transform(256, 224)
+    >>> image = tv_tensors.Image(torch.zeros(3, 480, 640, dtype=torch.uint8))
+    >>> mask = tv_tensors.Mask(torch.zeros(1, 480, 640, dtype=torch.uint8))
+    >>> [tuple(one.shape) for one in transform(image, mask)]
+    [(3, 224, 224), (1, 224, 224)]
     """
     height, width = (size, size) if isinstance(size, int) else size
     transform: Transform = v2.Compose(
@@ -698,6 +819,12 @@ def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, in
     -------
     tuple of int
         Left, top, right, bottom in pixels.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> seen_box(640, 480, preset("paper"))
+    (39, 29, 599, 449)
     """
     edges = []
     for length, whole, seen in zip(
@@ -716,6 +843,16 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
 
     The mask takes its nearest pixels. A connected region that none of them belongs to
     keeps one pixel, where its middle was.
+
+    Examples
+    --------
+    >>> from torchvision import tv_tensors
+    >>> mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    >>> mask[0, 5, 5] = 1
+    >>> resize = ResizeBoth((4, 4), antialias=True)
+    >>> _, small = resize(tv_tensors.Image(torch.zeros(3, 64, 64)), tv_tensors.Mask(mask))
+    >>> small[0].nonzero().tolist()
+    [[0, 0]]
     """
 
     def forward(
@@ -738,7 +875,13 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
 
 
 def as_seen(picture: Image.Image, transform: Transform) -> Tensor:
-    """An image without a mask as the network sees it, (3, H, W)."""
+    """An image without a mask as the network sees it, (3, H, W).
+
+    Examples
+    --------
+    >>> as_seen(Image.new("RGB", (640, 480)), make_transform(256, 224)).shape
+    torch.Size([3, 224, 224])
+    """
     no_mask = tv_tensors.Mask(torch.zeros(1, 1, 1, dtype=torch.uint8))
     image, _ = transform(tv_tensors.Image(v2.functional.pil_to_tensor(picture)), no_mask)
     return image.as_subclass(Tensor)
@@ -748,6 +891,13 @@ def shape_of(samples: Sequence[Sample]) -> tuple[float, float]:
     """Median height over width of some photos, upright, and median side √(height · width).
 
     As their files' headers state it.
+
+    Examples
+    --------
+    >>> Image.new("RGB", (640, 480)).save(folder / "photo.png")
+    >>> ratio, side = shape_of(photos(folder))
+    >>> ratio, round(side)
+    (0.75, 554)
     """
     shapes = []
     for sample in samples:
@@ -770,6 +920,13 @@ class Checked:
         What white is in images of more than 8 bits, see :func:`white_level`; 0 without.
     notes : list of str
         Sentences on what a user should know of these files.
+
+    Examples
+    --------
+    >>> _ = (folder / "photo.png").write_bytes(b"no image")
+    >>> checked: Checked = check(photos(folder))
+    >>> list(checked.damaged.values())
+    ['...photo.png: not a readable image (no image, or of an unknown format).']
     """
 
     damaged: dict[Path, str] = field(default_factory=dict)
@@ -782,6 +939,11 @@ def white_level(highest: float, floating: bool) -> float:
 
     Of whole numbers the depths are 8, 10, 12 ... bits. Floating-point values up to 1 have
     a power of two, 1 as a rule; beyond 1 they count as whole numbers of any depth.
+
+    Examples
+    --------
+    >>> white_level(3000, floating=False), white_level(0.9, floating=True)
+    (4095.0, 1.0)
     """
     if highest <= 0:
         return 1 if floating else 65535
@@ -807,6 +969,12 @@ def check(samples: Sequence[Sample], white: float = 0, *, progress: bool = False
     ------
     SimpleNetError
         If images of whole numbers and of floating point are mixed: no white fits both.
+
+    Examples
+    --------
+    >>> checked = check(find_samples(data / "nut").train)
+    >>> checked.damaged, checked.white, checked.notes
+    ({}, 0, [])
     """
     checked = Checked()
     deep: dict[str, Path] = {}
@@ -895,7 +1063,15 @@ def _levels(sample: Sample) -> tuple[_Levels | None, str]:
 
 
 def has_pages(path: Path) -> bool:
-    """Whether an image file, of which the first page is read, has others."""
+    """Whether an image file, of which the first page is read, has others.
+
+    Examples
+    --------
+    >>> pages = [Image.new("L", (8, 8), grey) for grey in (0, 255)]
+    >>> pages[0].save(folder / "scan.tiff", save_all=True, append_images=pages[1:])
+    >>> has_pages(folder / "scan.tiff")
+    True
+    """
     return path.suffix.lower() in PAGED and _pages(read_file(path)) > 1
 
 
@@ -926,6 +1102,12 @@ class ImageFiles(Dataset[Item]):
         network wants them; see :func:`make_transform`.
     white : float
         What white is in images of more than 8 bits, see :func:`as_rgb`.
+
+    Examples
+    --------
+    >>> normal = ImageFiles(photos(data / "nut" / "train" / "good"), make_transform(32, 32))
+    >>> len(normal), normal[0]["image"].shape, bool(normal[0]["mask"].any())
+    (6, torch.Size([3, 32, 32]), False)
     """
 
     def __init__(self, samples: list[Sample], transform: Transform, white: float = 0) -> None:
@@ -986,6 +1168,12 @@ class AnomalyDataset(ImageFiles):
     SimpleNetError
         If a folder is missing or empty, a mask has no image, or only some of the defect
         images have a mask.
+
+    Examples
+    --------
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> len(test), test.has_masks
+    (7, True)
     """
 
     def __init__(

@@ -16,6 +16,12 @@ class Discriminator(nn.Module):
         Width of the hidden layer.
     batchnorm : bool
         Normalise the hidden layer over the batch, as the published code does.
+
+    Examples
+    --------
+    >>> discriminator = Discriminator(channels=128, hidden=64, batchnorm=True)
+    >>> discriminator(torch.zeros(2, 28, 28, 128)).shape
+    torch.Size([2, 28, 28])
     """
 
     def __init__(self, channels: int, hidden: int, *, batchnorm: bool = False) -> None:

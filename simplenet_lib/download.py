@@ -61,7 +61,14 @@ MAX_UNPACKED_BYTES = 10_000_000_000
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits, read in blocks."""
+    """SHA-256 of a file as 64 hexadecimal digits, read in blocks.
+
+    Examples
+    --------
+    >>> (folder / "empty").touch()
+    >>> sha256_of(folder / "empty")[:16]
+    'e3b0c44298fc1c14'
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -86,6 +93,12 @@ def fetch(url: str, path: Path, sha256: str, *, timeout: float = TIMEOUT_SECONDS
     SimpleNetError
         If the server cannot be reached, answers with an error, stalls, or
         sends bytes with another checksum; or if ``path`` cannot be written.
+
+    Examples
+    --------
+    >>> _ = (folder / "abc.txt").write_text("abc")
+    >>> fetch("https://example.org/abc.txt", folder / "abc.txt", "ba7816bf").name  # it is there
+    'abc.txt'
     """
     partial = path.with_name(f".{path.name}.{sha256[:8]}.part")
     lock = partial.with_suffix(".lock")
@@ -192,6 +205,12 @@ def download_mvtec(
     SimpleNetError
         If a category is unknown, the disk too full, the download fails, or
         the archive is not what it should be. No category is then half there.
+
+    Examples
+    --------
+    >>> (folder / "bottle").mkdir()
+    >>> [path.name for path in download_mvtec(folder, ["bottle"])]  # it is there
+    ['bottle']
     """
     names = list(dict.fromkeys(MVTEC_CATEGORIES if categories is None else categories))
     unknown = [name for name in names if name not in MVTEC_CATEGORIES]

@@ -39,6 +39,11 @@ def describe(images: Tensor, outputs: Tensor) -> Tensor:
     Tensor
         (N, LEVELS + 1 + 4 C): logarithms of grey levels; logarithm of how much
         neighbouring pixels differ, beside pixels four apart; four quarters' means.
+
+    Examples
+    --------
+    >>> describe(torch.zeros(2, 3, 32, 32), torch.zeros(2, 8, 4, 4)).shape
+    torch.Size([2, 52])
     """
     mean, std = images.new_tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
     grey = 255 * (images * std + mean).mean(dim=1)
@@ -64,6 +69,14 @@ class Gaussian(nn.Module):
     ----------
     channels : int
         Length C of the mean features.
+
+    Examples
+    --------
+    >>> gaussian = Gaussian(2)
+    >>> gaussian.fit(torch.randn(100, 2, generator=torch.Generator().manual_seed(0)))
+    >>> near, far = gaussian(torch.tensor([[0.1, 0.1], [5.0, 5.0]]))
+    >>> bool(near < far)
+    True
     """
 
     mean: Tensor
@@ -115,6 +128,14 @@ class Drift(nn.Module):
     ----------
     channels : int
         Channels C of the first layer.
+
+    Examples
+    --------
+    >>> photos = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> drift = Drift(channels=4)
+    >>> drift.fit(describe(photos, torch.ones(10, 4, 8, 8)))
+    >>> drift(describe(torch.stack([photos[0], photos[0] - 1]), torch.ones(2, 4, 8, 8)))
+    [[], ['darker']]
     """
 
     reference: Tensor

@@ -25,6 +25,13 @@ class Detector(nn.Module):
     ----------
     model : SimpleNet
         A trained model.
+
+    Examples
+    --------
+    >>> detector = Detector(model).eval()
+    >>> maps, scores = detector(torch.rand(2, 3, 32, 32))
+    >>> maps.shape, scores.shape
+    (torch.Size([2, 32, 32]), torch.Size([2]))
     """
 
     mean: Tensor
@@ -60,6 +67,15 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
     SimpleNetError
         If the packages for the export are missing, ``path`` cannot be written, or the model
         looks at photos in tiles.
+
+    Examples
+    --------
+    >>> import onnxruntime
+    >>> export_onnx(model, folder / "model.onnx")
+    >>> session = onnxruntime.InferenceSession(folder / "model.onnx")
+    >>> maps, scores = session.run(None, {"pixels": np.zeros((2, 3, 32, 32), np.float32)})
+    >>> maps.shape, scores.shape
+    ((2, 32, 32), (2,))
     """
     if model.config.tile:
         raise SimpleNetError(

@@ -45,6 +45,13 @@ def build_backbone(name: str, weights: Weights) -> models.ResNet:
     ------
     SimpleNetError
         If the backbone is unknown or the weights are another network's.
+
+    Examples
+    --------
+    >>> from simplenet_lib.weights import find_weights
+    >>> network = build_backbone("resnet18", find_weights("resnet18", weights_file))
+    >>> network(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 1000])
     """
     torchvision_url(name)  # refuses names outside the ResNet family
     network: models.ResNet = models.get_model(name)
@@ -65,6 +72,14 @@ def reflect_border(network: nn.Module) -> None:
     Zeros around a map are an edge that no photograph has: the features beside them
     differ from all others, and a few odd ones become false alarms. Nothing is added
     to the image and nothing cut off it.
+
+    Examples
+    --------
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1))
+    >>> reflect_border(network)
+    >>> values = network(torch.ones(1, 1, 4, 4))
+    >>> bool(torch.allclose(values, values[..., :1, :1]))  # the border looks like the rest
+    True
     """
     for parent in list(network.modules()):
         for name, conv in list(parent.named_children()):
@@ -80,6 +95,13 @@ def fold_batchnorm(network: nn.Module) -> None:
     There it multiplies every channel by a constant and adds another, and so can
     the convolution. What comes out is the same up to rounding, in less time, and
     no statistics are left that training mode could move.
+
+    Examples
+    --------
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8))
+    >>> fold_batchnorm(network)
+    >>> network[1]
+    Identity()
     """
     network.eval()
     for parent in list(network.modules()):
@@ -117,6 +139,14 @@ class FrozenFeatures(nn.Module):
         Channels C_l of each layer, for ResNet-50's layer2 and layer3 512 and 1024.
     channels : int
         Their sum C.
+
+    Examples
+    --------
+    >>> from simplenet_lib.weights import find_weights
+    >>> weights = find_weights("resnet18", weights_file)
+    >>> features = FrozenFeatures("resnet18", ["layer2", "layer3"], weights)
+    >>> features.layer_channels, features(torch.zeros(1, 3, 64, 64)).shape
+    ([128, 256], torch.Size([1, 8, 8, 384]))
     """
 
     def __init__(
@@ -177,7 +207,13 @@ class FrozenFeatures(nn.Module):
 
 
 def around(maps: Tensor, side: int) -> Tensor:
-    """Average maps (N, _, h, w) over a square of ``side`` positions around every position."""
+    """Average maps (N, _, h, w) over a square of ``side`` positions around every position.
+
+    Examples
+    --------
+    >>> around(torch.tensor([[[[0.0, 3.0, 6.0]]]]), side=3)
+    tensor([[[[1.5000, 3.0000, 4.5000]]]])
+    """
     if side == 1:
         return maps
     # As F.avg_pool2d without what lies outside of the map, in a quarter of its time.
@@ -198,6 +234,13 @@ class Standardise(nn.Module):
     ----------
     channels : int
         Channels C of the features.
+
+    Examples
+    --------
+    >>> standardise = Standardise(2)
+    >>> standardise.fit([np.array([[[0, 10], [2, 30]]], np.float16)])
+    >>> standardise.mean, standardise(torch.tensor([1.0, 20.0]))
+    (tensor([ 1., 20.]), tensor([0., 0.]))
     """
 
     FLOOR = 0.3
@@ -250,6 +293,18 @@ def over_tiles(
     -------
     maps, descriptions : Tensor
         Those of the whole images; the descriptions are means over the tiles.
+
+    Examples
+    --------
+    >>> def look(part):
+    ...     print(tuple(part.shape))
+    ...     return part[:, 0, ::8, ::8, None], part.mean(dim=(2, 3))
+    >>> whole, described = over_tiles(torch.zeros(1, 3, 256, 384), 256, look)
+    (1, 3, 256, 256)
+    (1, 3, 256, 256)
+    (1, 3, 256, 256)
+    >>> whole.shape, described.shape
+    (torch.Size([1, 32, 48, 1]), torch.Size([1, 3]))
     """
     height, width = images.shape[-2:]
     if not tile or max(height, width) <= tile:
@@ -289,7 +344,13 @@ def _cuts(length: int, tile: int) -> list[tuple[int, int, int]]:
 
 
 def at_once(tile: int) -> int:
-    """Images in a batch: those that take tiles are large and go one by one."""
+    """Images in a batch: those that take tiles are large and go one by one.
+
+    Examples
+    --------
+    >>> at_once(tile=0), at_once(tile=512)
+    (8, 1)
+    """
     return 1 if tile else FEATURE_BATCH
 
 
@@ -298,6 +359,13 @@ def batches(items: Iterable[Item], count: int = FEATURE_BATCH) -> Iterator[dict[
 
     A thread reads them. Unlike processes it leaves nothing behind when the
     caller stops early, and notebooks need no guard around it.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> items = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> [batch["image"].shape for batch in batches(items)]
+    [torch.Size([7, 3, 32, 32])]
     """
     waiting = iter(items)
 
@@ -327,6 +395,11 @@ def ahead(
 
     A batch of ``count`` and a little more is read before it is asked for, never more: memory
     does not grow with the number of images.
+
+    Examples
+    --------
+    >>> list(ahead(str.upper, ["a", "b", "c"]))
+    ['A', 'B', 'C']
     """
     waiting = iter(ones)
     with ThreadPoolExecutor(READERS) as readers:
@@ -356,6 +429,13 @@ class FeatureMaps(Sequence[FeatureMap]):
         What each image looks like as a whole, (n, D): :func:`simplenet_lib.drift.describe`.
     digests : list of str
         SHA-256 of every image file.
+
+    Examples
+    --------
+    >>> maps = [np.full((2, 3, 4), number, np.float16) for number in (0, 1)]
+    >>> features = FeatureMaps(maps, np.zeros((2, 8), np.float32), ["a", "b"])
+    >>> features.shape, features.vectors(np.array([0, 6])).tolist()  # 6: first of the second map
+    ((2, 2, 3, 4), [[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     """
 
     maps: list[FeatureMap]
@@ -392,12 +472,26 @@ class FeatureMaps(Sequence[FeatureMap]):
 
 
 def digest_of_images(digests: Iterable[str]) -> str:
-    """One SHA-256 of many, in their order."""
+    """One SHA-256 of many, in their order.
+
+    Examples
+    --------
+    >>> digest_of_images(["a", "b"]) == digest_of_images(["b", "a"])
+    False
+    """
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def cache_folder() -> Path:
-    """Where features are cached: ``SIMPLENET_CACHE``, or ``~/.cache/simplenet``."""
+    """Where features are cached: ``SIMPLENET_CACHE``, or ``~/.cache/simplenet``.
+
+    Examples
+    --------
+    >>> import os
+    >>> os.environ["SIMPLENET_CACHE"] = str(folder)
+    >>> cache_folder() == folder
+    True
+    """
     if os.environ.get("SIMPLENET_CACHE"):
         return Path(os.environ["SIMPLENET_CACHE"])
     try:
@@ -441,6 +535,14 @@ def cached_features(
     ------
     SimpleNetError
         If an image cannot be read or the cache cannot be written.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> normal = AnomalyDataset(data, "nut", "train", make_transform(32, 32))
+    >>> features = cached_features(model.features, normal, model.feature_key(), progress=False)
+    >>> features.shape
+    (6, 8, 8, 64)
     """
     folder = cache_folder()
     found: dict[int, tuple[FeatureMap, NDArray[np.float32]]] = {}

@@ -61,6 +61,11 @@ def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -
     -------
     Tensor
         Anomaly map, (N, height, width).
+
+    Examples
+    --------
+    >>> anomaly_map(torch.zeros(1, 8, 8), (64, 96), smoothing=4.0).shape
+    torch.Size([1, 64, 96])
     """
     maps = F.interpolate(scores[:, None], size, mode="bilinear", align_corners=False)
     if smoothing > 0:
@@ -75,7 +80,13 @@ def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -
 
 
 def image_score(maps: Tensor) -> Tensor:
-    """Score an image by the maximum of its anomaly map: (N, H, W) to (N,)."""
+    """Score an image by the maximum of its anomaly map: (N, H, W) to (N,).
+
+    Examples
+    --------
+    >>> image_score(torch.tensor([[[0.0, 2.0]], [[1.0, 0.5]]]))
+    tensor([2., 1.])
+    """
     return maps.amax(dim=(1, 2))
 
 
@@ -93,18 +104,39 @@ def threshold(normal_scores: Tensor, false_alarms: float) -> float:
         defects have no place here: a test set cannot choose the threshold.
     false_alarms : float
         Share of normal images that may be called anomalous, 0 to 0.5.
+
+    Examples
+    --------
+    >>> scores = torch.arange(1.0, 40.0)  # 39 normal photos: 2 / 40 = 5%
+    >>> threshold(scores, false_alarms=0.05), threshold(scores, false_alarms=0.0)
+    (38.0, 39.0)
     """
     rank = max(1, allowed(len(normal_scores), false_alarms))
     return float(normal_scores.sort(descending=True).values[rank - 1])
 
 
 def allowed(count: int, false_alarms: float) -> int:
-    """The largest k with k / (count + 1) within ``false_alarms``."""
+    """The largest k with k / (count + 1) within ``false_alarms``.
+
+    Examples
+    --------
+    >>> allowed(39, 0.05), allowed(38, 0.05)
+    (2, 1)
+    """
     return math.floor(false_alarms * (count + 1) + 1e-9)
 
 
 def check_threshold(value: float) -> None:
-    """Refuse a threshold that no score exceeds, or that is no number."""
+    """Refuse a threshold that no score exceeds, or that is no number.
+
+    Examples
+    --------
+    >>> check_threshold(1.2)
+    >>> check_threshold(float("nan"))
+    Traceback (most recent call last):
+        ...
+    simplenet_lib.config.SimpleNetError: the threshold is nan; it must be a number, such as 1.2.
+    """
     if not math.isfinite(value):
         raise SimpleNetError(f"the threshold is {value}; it must be a number, such as 1.2.")
 
@@ -128,6 +160,14 @@ class Prediction:
     unfamiliar : list of str
         In what way the photo as a whole looks unlike the training photos, mostly in none:
         see :class:`simplenet_lib.drift.Drift`. If in any, do not trust the verdict.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> prediction: Prediction = next(predict(model, test, progress=False))
+    >>> prediction.sample.defect, prediction.map.shape, prediction.mask.dtype
+    ('broken_corner', (32, 32), dtype('bool'))
     """
 
     sample: Sample
@@ -150,6 +190,12 @@ class Region:
         How many of the photo's pixels it covers, about: it is measured on the map.
     peak : float
         The highest value of the anomaly map in it.
+
+    Examples
+    --------
+    >>> region = Region(x=120, y=80, width=20, height=10, area=150, peak=1.7)
+    >>> region.x + region.width, region.y + region.height  # right and lower edge
+    (140, 90)
     """
 
     x: int
@@ -172,6 +218,13 @@ def regions(map_: Map, box: tuple[int, int, int, int], threshold: float = 1.0) -
         :func:`simplenet_lib.dataset.seen_box`.
     threshold : float
         On the map's scale.
+
+    Examples
+    --------
+    >>> map_ = np.zeros((4, 4), np.float32)
+    >>> map_[1:3, 1] = 1.5
+    >>> regions(map_, box=(0, 0, 8, 8))
+    [Region(x=2, y=2, width=2, height=4, area=8, peak=1.5)]
     """
     labels, count = ndimage.label(map_ > threshold, EIGHT_NEIGHBOURS)
     left, top, right, bottom = box
@@ -216,6 +269,13 @@ class Result:
         The photo, upright, 8-bit RGB, smaller if it is large.
     config : Config
         The configuration of the model.
+
+    Examples
+    --------
+    >>> result = model.predict(Image.new("RGB", (640, 480)), threshold=1e6)
+    >>> result.verdict, result.regions, result.map.shape
+    ('normal', [], (480, 640))
+    >>> result.save(folder / "overlay.png")
     """
 
     name: str
@@ -303,6 +363,12 @@ def judge(model: SimpleNet, images: Tensor) -> list[tuple[Map, float, list[str]]
     ------
     SimpleNetError
         If a score is not a number: that must not pass as normal.
+
+    Examples
+    --------
+    >>> ((map_, score, unfamiliar),) = judge(model, torch.zeros(1, 3, 32, 32))
+    >>> map_.shape, bool(score == map_.max())
+    ((32, 32), True)
     """
     model.eval()
     config = model.config
@@ -337,6 +403,13 @@ def predict(
         Images under the transform the model was trained with.
     progress : bool
         Show a progress bar on stderr.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> [prediction.sample.defect for prediction in predict(model, test, progress=False)]
+    ['broken_corner', 'dent', 'fibre', 'good', 'good', 'rust', 'scratch']
     """
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
         count = at_once(model.config.tile)
@@ -385,6 +458,14 @@ def results(
     ------
     Result or SimpleNetError
         The error says why an image could not be read.
+
+    Examples
+    --------
+    >>> frames = [np.zeros((48, 64, 3), np.uint8), np.zeros((2, 2, 2), np.uint8)]
+    >>> for result in results(model, frames, ["frame 1", "frame 2"]):
+    ...     print(type(result).__name__)
+    Result
+    SimpleNetError
     """
     check_threshold(threshold)
     config = model.config
@@ -437,6 +518,13 @@ def rescale(model: SimpleNet, scores: Sequence[float], false_alarms: float) -> N
     ------
     SimpleNetError
         If the scores are all alike, or there are fewer than two.
+
+    Examples
+    --------
+    >>> before = model.threshold - model.typical
+    >>> rescale(model, [0.0, 0.5, 2.0], false_alarms=0.0)  # what was 0.5 and 2 is now 0 and 1
+    >>> round((model.threshold - model.typical) / before, 3)
+    1.5
     """
     if len(scores) < 2:
         raise SimpleNetError(f"{len(scores)} good photo: at least 2 are needed for a threshold.")
@@ -466,6 +554,14 @@ def evaluate(
     ------
     SimpleNetError
         If the split lacks normal images or images with a defect.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> metrics, predictions = evaluate(model, test, progress=False)
+    >>> list(metrics)
+    ['image_auroc', 'image_ap', 'image_f1max', 'pixel_auroc', 'pixel_ap', 'aupro']
     """
     check_both_kinds(dataset.samples)
     predictions = list(predict(model, dataset, progress=progress))
@@ -473,12 +569,29 @@ def evaluate(
 
 
 def has_both_kinds(samples: Sequence[Sample]) -> bool:
-    """Whether there are images with and without a defect."""
+    """Whether there are images with and without a defect.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import find_samples
+    >>> found = find_samples(data / "nut")
+    >>> has_both_kinds(found.test), has_both_kinds(found.train)
+    (True, False)
+    """
     return {sample.label for sample in samples} == {0, 1}
 
 
 def check_both_kinds(samples: Sequence[Sample]) -> None:
-    """Refuse a test split without normal images or without defects: no metric is defined."""
+    """Refuse a test split without normal images or without defects: no metric is defined.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import find_samples
+    >>> check_both_kinds(find_samples(data / "nut").train)
+    Traceback (most recent call last):
+        ...
+    simplenet_lib.config.SimpleNetError: the test split holds no images with a defect: ...
+    """
     if not has_both_kinds(samples):
         defects = any(sample.label for sample in samples)
         missing = "normal images (test/good)" if defects else "images with a defect"
@@ -494,6 +607,14 @@ def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
         ``image_auroc``, ``image_ap``, ``image_f1max``, and if every defect has a mask and
         these are no mistake (see :func:`mask_note`) also ``pixel_auroc``, ``pixel_ap`` and
         ``aupro``; all between 0 and 1.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> metrics = metrics_of(list(predict(model, test, progress=False)))
+    >>> all(0 <= value <= 1 for value in metrics.values())
+    True
     """
     labels = np.array([prediction.sample.label for prediction in predictions])
     metrics = image_metrics(labels, np.array([prediction.score for prediction in predictions]))
@@ -508,6 +629,13 @@ def mask_note(predictions: Sequence[Prediction]) -> str:
 
     They do not if no mask marks anything, or if most mark more than half of their image:
     then normal is marked and not the defect.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> mask_note(list(predict(model, test, progress=False)))
+    ''
     """
     masks = [p.mask for p in predictions if p.sample.label and p.sample.mask is not None]
     if masks and not any(mask.any() for mask in masks):

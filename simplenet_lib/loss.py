@@ -23,6 +23,13 @@ def margin_loss(normal: Tensor, noisy: Tensor, margin: float = 0.5) -> Tensor:
     -------
     Tensor
         The loss, a scalar.
+
+    Examples
+    --------
+    >>> margin_loss(torch.tensor([0.5, 2.0]), torch.tensor([-0.5]))  # all beyond the margin
+    tensor(0.)
+    >>> margin_loss(torch.zeros(2), torch.zeros(2))
+    tensor(1.)
     """
     return F.relu(margin - normal).mean() + F.relu(margin + noisy).mean()
 
@@ -46,5 +53,10 @@ def cross_entropy_loss(normal: Tensor, noisy: Tensor) -> Tensor:
     References
     ----------
     Gutmann, Hyvärinen: Noise-contrastive estimation, AISTATS 2010.
+
+    Examples
+    --------
+    >>> cross_entropy_loss(torch.zeros(2), torch.zeros(2))
+    tensor(1.3863)
     """
     return F.softplus(-normal).mean() + F.softplus(noisy).mean()

@@ -44,6 +44,11 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
     SimpleNetError
         If the shapes differ, a label is not 0 or 1, a score is not finite, or
         only one class is present, for which none of the three is defined.
+
+    Examples
+    --------
+    >>> image_metrics([0, 0, 1, 1], [0.1, 0.4, 0.3, 0.9])["image_auroc"]  # 3 of 4 pairs
+    0.75
     """
     truth, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if truth.ndim != 1 or truth.shape != values.shape:
@@ -92,6 +97,12 @@ def pixel_metrics(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike]) -> dict
     SimpleNetError
         If a map and its mask differ in size, a score is not finite, or there is
         no defect pixel or no normal pixel at all.
+
+    Examples
+    --------
+    >>> mask = np.array([[0, 0, 1, 1]])
+    >>> pixel_metrics([mask], [[[0.1, 0.4, 0.3, 0.9]]])["pixel_auroc"]
+    0.75
     """
     curves = _threshold_curves(masks, maps)
     precision = curves.tp / (curves.tp + curves.fp)
@@ -106,7 +117,7 @@ def aupro(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike], limit: float = 
     """Area under the per-region-overlap curve, up to a false-positive rate.
 
     With the connected regions C_1..C_K of all masks (8-connectivity) and P_t the
-    pixels that score at least t,
+    pixels that score at least t::
 
         PRO(t) = 1/K Σ_k |P_t ∩ C_k| / |C_k|,
         FPR(t) = |P_t ∩ normal pixels| / |normal pixels|,
@@ -137,6 +148,12 @@ def aupro(masks: Sequence[ArrayLike], maps: Sequence[ArrayLike], limit: float = 
     ----------
     Bergmann, Batzner, Fauser, Sattlegger, Steger: The MVTec Anomaly Detection
     Dataset, International Journal of Computer Vision 129, 2021, section 5.
+
+    Examples
+    --------
+    >>> mask = np.array([[0, 0, 1, 1]])
+    >>> aupro([mask], [[[0.1, 0.2, 0.3, 0.9]]])
+    1.0
     """
     if not 0 < limit <= 1:
         raise SimpleNetError(f"aupro: limit is {limit}; it must be above 0 and at most 1.")
@@ -158,6 +175,11 @@ def auroc_deviation(auroc: float, normal: int, defect: int) -> float:
     ----------
     Hanley, McNeil: The meaning and use of the area under a receiver operating
     characteristic (ROC) curve, Radiology 143, 1982, equation 1.
+
+    Examples
+    --------
+    >>> round(auroc_deviation(0.95, normal=20, defect=40), 3)
+    0.027
     """
     one = auroc / (2 - auroc)  # a normal image below two defects
     two = 2 * auroc**2 / (1 + auroc)  # a defect above two normal images
@@ -188,6 +210,15 @@ def pixel_deviations(
     -------
     dict of str to float
         ``pixel_auroc`` and ``aupro``.
+
+    Examples
+    --------
+    >>> random = np.random.default_rng(0)
+    >>> masks = [random.random((8, 8)) > 0.8 for _ in range(6)]
+    >>> maps = [mask + random.normal(size=mask.shape) for mask in masks]
+    >>> deviations = pixel_deviations(masks, maps)
+    >>> 0 < deviations["pixel_auroc"] < 0.2
+    True
     """
     step = max(7, math.ceil(sum(np.size(map_) for map_ in maps) / SAMPLE_PIXELS))
     sample = np.concatenate([np.asarray(map_).ravel()[::step].astype(float) for map_ in maps])

@@ -39,6 +39,16 @@ class Head(nn.Module):
         Channels C of the frozen features.
     config : Config
         Widths, noise, and the scale on which the adaptor starts.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> head = Head(1536, preset("fast"))
+    >>> head(torch.zeros(28, 28, 1536)).shape
+    torch.Size([28, 28])
+    >>> normal, noisy = head.normal_and_noisy(torch.zeros(8, 1536), torch.Generator())
+    >>> normal.shape, noisy.shape
+    (torch.Size([8]), torch.Size([8]))
     """
 
     def __init__(self, channels: int, config: Config) -> None:
@@ -99,6 +109,16 @@ class SimpleNet(nn.Module):
     images : str
         A digest of the images it was trained on, see
         :func:`simplenet_lib.features.digest_of_images`; empty before training.
+
+    Examples
+    --------
+    >>> model.save(folder / "model.safetensors")
+    >>> detector = SimpleNet.load(folder, weights=weights_file)
+    >>> result = detector.predict(data / "nut" / "test" / "dent" / "000.png")
+    >>> result.score == model.predict(data / "nut" / "test" / "dent" / "000.png").score
+    True
+    >>> [one.size for one in detector.predict([np.zeros((48, 64), np.uint8)])]
+    [(64, 48)]
     """
 
     centre: Tensor
@@ -351,6 +371,13 @@ def before_activation(head: Head) -> tuple[Tensor, Tensor]:
     """Weight (H, C) and bias (H,) of everything before the hidden layer's activation.
 
     As it works in evaluation mode: adaptor, hidden layer and BatchNorm in one.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> weight, bias = before_activation(Head(1536, preset("fast")))
+    >>> weight.shape, bias.shape
+    (torch.Size([128, 1536]), torch.Size([128]))
     """
     linear, hidden = head.adaptor.linear, head.discriminator.hidden
     weight, bias = hidden.weight @ linear.weight, hidden.weight @ linear.bias + hidden.bias
@@ -364,7 +391,14 @@ def before_activation(head: Head) -> tuple[Tensor, Tensor]:
 
 
 def grid(config: Config) -> tuple[int, int]:
-    """Height h and width w of a score map: the grid of the first layer."""
+    """Height h and width w of a score map: the grid of the first layer.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> grid(preset("fast")), grid(preset("course"))
+    ((48, 48), (28, 28))
+    """
     strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
     height, width = config.seen
     stride = strides.get(config.layers[0], 1)
@@ -378,6 +412,12 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
     ------
     SimpleNetError
         If ``path`` cannot be written; an older file there is then untouched.
+
+    Examples
+    --------
+    >>> write_checkpoint(folder / "a.safetensors", {"x": torch.zeros(2)}, {"format": "simplenet-3"})
+    >>> read_checkpoint(folder / "a.safetensors")
+    ({'x': tensor([0., 0.])}, {'format': 'simplenet-3'})
     """
     # One entry: safetensors writes several in random order, and equal models must be equal files.
     entry = {"simplenet": json.dumps(metadata, sort_keys=True)}
@@ -388,7 +428,14 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before the work, not after it, if nothing can be written to ``folder``."""
+    """Fail before the work, not after it, if nothing can be written to ``folder``.
+
+    Examples
+    --------
+    >>> check_writable(folder / "runs" / "nut")  # nothing is made
+    >>> (folder / "runs").exists()
+    False
+    """
     try:
         existing = folder.absolute()
         while not existing.exists():
@@ -402,7 +449,14 @@ def check_writable(folder: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that its name shows either the old contents or all of the new."""
+    """Write a file so that its name shows either the old contents or all of the new.
+
+    Examples
+    --------
+    >>> write_whole(folder / "new" / "file.bin", b"abc")
+    >>> (folder / "new" / "file.bin").read_bytes()
+    b'abc'
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
@@ -417,7 +471,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def checkpoint_in(path: Path) -> Path:
-    """The checkpoint at ``path``, which may be the folder of a training."""
+    """The checkpoint at ``path``, which may be the folder of a training.
+
+    Examples
+    --------
+    >>> model.save(folder / "model.safetensors")
+    >>> checkpoint_in(folder).name, checkpoint_in(folder / "model.safetensors").name
+    ('model.safetensors', 'model.safetensors')
+    """
     inside = path / "model.safetensors"
     return inside if inside.is_file() else path
 
@@ -429,6 +490,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     ------
     SimpleNetError
         If the file is missing, damaged, or of another format.
+
+    Examples
+    --------
+    >>> model.save(folder / "model.safetensors")
+    >>> tensors, metadata = read_checkpoint(folder / "model.safetensors")
+    >>> tensors["level"].shape, metadata["format"]
+    (torch.Size([8, 8]), 'simplenet-3')
     """
     if not path.is_file():
         raise SimpleNetError(f"{path}: no such checkpoint.")
@@ -469,6 +537,15 @@ def check_tensors(
     ------
     SimpleNetError
         If one is missing, surplus, of another shape or type, or not finite.
+
+    Examples
+    --------
+    >>> expected = {"x": torch.zeros(2)}
+    >>> check_tensors({"x": torch.ones(2)}, expected, Path("a.safetensors"))
+    >>> check_tensors({"x": torch.ones(3)}, expected, Path("a.safetensors"))
+    Traceback (most recent call last):
+        ...
+    simplenet_lib.config.SimpleNetError: a.safetensors: x is (3,) of torch.float32, but its ...
     """
     if tensors.keys() != expected.keys():
         name = min(tensors.keys() ^ expected.keys())

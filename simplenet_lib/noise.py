@@ -18,6 +18,13 @@ def add_noise(features: Tensor, sigma: float, generator: Generator | None = None
         Standard deviation σ, in the units of the features.
     generator : torch.Generator, optional
         Source of randomness, on the features' device; torch's own by default.
+
+    Examples
+    --------
+    >>> features = torch.zeros(1000, 512)
+    >>> noisy = add_noise(features, sigma=0.25, generator=torch.Generator().manual_seed(0))
+    >>> round(float(noisy.std()), 2)
+    0.25
     """
     noise = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     noise.normal_(0.0, sigma, generator=generator)
@@ -37,6 +44,11 @@ def random_seed(seed: int, *stream: int) -> int:
     References
     ----------
     ``numpy.random.SeedSequence``, which spreads the streams.
+
+    Examples
+    --------
+    >>> random_seed(0, 1, 2) == random_seed(0, 1, 2), random_seed(0, 1, 2) == random_seed(0, 1, 3)
+    (True, False)
     """
     state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
     return int(state[0]) % 2**63

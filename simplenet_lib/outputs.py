@@ -31,7 +31,17 @@ BOM = b"\xef\xbb\xbf"  # by which a spreadsheet knows that accents are UTF-8
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder of predictions that holds something else, or cannot be written to."""
+    """Refuse a folder of predictions that holds something else, or cannot be written to.
+
+    Examples
+    --------
+    >>> check_folder(folder)  # empty: predictions may go there
+    >>> (folder / "thesis.txt").touch()
+    >>> check_folder(folder)
+    Traceback (most recent call last):
+        ...
+    simplenet_lib.config.SimpleNetError: ...: exists and holds something else. Choose another.
+    """
     refusal = SimpleNetError(f"{folder}: exists and holds something else. Choose another.")
     try:
         if folder.exists() and not folder.is_dir():
@@ -76,6 +86,14 @@ class PredictionFolder:
     ------
     SimpleNetError
         If something cannot be written, or another run is writing there.
+
+    Examples
+    --------
+    >>> photo = data / "nut" / "test" / "dent" / "000.png"
+    >>> with PredictionFolder(folder, {photo: Path("dent.png")}, overlays=False) as output:
+    ...     output.write(photo, model.predict(photo))
+    >>> (folder / "predictions.csv").read_text("utf-8-sig").splitlines()[0]
+    'image,score,verdict,unfamiliar,regions,overlay,map,error'
     """
 
     def __init__(
@@ -262,7 +280,16 @@ def _line(cells: Any) -> bytes:
 
 
 def check_evaluation(path: Path) -> None:
-    """Refuse a table of an evaluation that would replace something else."""
+    """Refuse a table of an evaluation that would replace something else.
+
+    Examples
+    --------
+    >>> check_evaluation(folder / "evaluation.csv")  # not there yet
+    >>> check_evaluation(folder)
+    Traceback (most recent call last):
+        ...
+    simplenet_lib.config.SimpleNetError: ...: a folder. Name a file for the table, ...
+    """
     if path.is_dir():
         raise SimpleNetError(f"{path}: a folder. Name a file for the table, such as table.csv.")
     if path.exists():
@@ -278,7 +305,18 @@ def check_evaluation(path: Path) -> None:
 def write_evaluation(
     path: Path, predictions: Sequence[Prediction], threshold: float
 ) -> list[Prediction]:
-    """Write one line for each test image; returns the wrong verdicts, worst first."""
+    """Write one line for each test image; returns the wrong verdicts, worst first.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> from simplenet_lib.localization import predict
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> predictions = list(predict(model, test, progress=False))
+    >>> wrong = write_evaluation(folder / "evaluation.csv", predictions, threshold=1.0)
+    >>> (folder / "evaluation.csv").read_text("utf-8-sig").splitlines()[0]
+    'image,kind,score,verdict,right,unfamiliar'
+    """
     lines = [_line(("image", "kind", "score", "verdict", "right", "unfamiliar"))]
     wrong = []
     for prediction in predictions:
@@ -309,6 +347,11 @@ def cell_of(path: Path) -> str:
 
     A spreadsheet computes a cell that starts with ``=``, ``+``, ``-`` or ``@``. So a relative
     path that starts with anything but a letter, a digit, ``.`` or ``_`` gets ``./`` in front.
+
+    Examples
+    --------
+    >>> cell_of(Path("photo.png")), cell_of(Path("=1+1.png"))
+    ('photo.png', './=1+1.png')
     """
     text = str(path)
     harmless = text[0].isalnum() or text[0] in "._/\\"
@@ -320,6 +363,12 @@ def unique_names(images: Mapping[Path, Path], folder: Path) -> dict[Path, Path]:
 
     Disks of Windows and macOS take ``a`` and ``A``, or two ways to write ``é``, for one; and
     an image can have the name of a folder. What lies in ``folder`` already is the user's.
+
+    Examples
+    --------
+    >>> names = {Path("one/a.jpg"): Path("a.jpg"), Path("two/A.jpg"): Path("A.jpg")}
+    >>> [str(name) for name in unique_names(names, folder).values()]
+    ['a.png', 'A-2.png']
     """
 
     def seen_by_any_disk(name: Path) -> str:

@@ -26,7 +26,15 @@ Map = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def use_book_style() -> None:
-    """Give every figure of this process the look of the book: size on paper, font, colours."""
+    """Give every figure of this process the look of the book: size on paper, font, colours.
+
+    Examples
+    --------
+    >>> import matplotlib
+    >>> use_book_style()
+    >>> matplotlib.rcParams["figure.dpi"]
+    90.0
+    """
     seaborn.set_theme(
         context="notebook",
         style="ticks",
@@ -66,6 +74,12 @@ def overlay(image: Image.Image, map_: Map, config: Config, threshold: float = 1.
     -------
     Image
         RGB, as large as ``image``.
+
+    Examples
+    --------
+    >>> photo, map_ = Image.new("RGB", (640, 480)), np.zeros((32, 32), np.float32)
+    >>> overlay(photo, map_, model.config).size
+    (640, 480)
     """
     box = seen_box(*image.size, config)
     size = (box[2] - box[0], box[3] - box[1])
@@ -108,6 +122,15 @@ def gallery(predictions: Sequence[Prediction], config: Config) -> Figure:
         What to show, at most a dozen.
     config : Config
         The configuration of the model.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> from simplenet_lib.localization import predict
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> figure = gallery(list(predict(model, test, progress=False))[:4], model.config)
+    >>> len(figure.axes)
+    12
     """
     columns = len(predictions)
     figure, axes = plt.subplots(

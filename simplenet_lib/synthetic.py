@@ -55,6 +55,12 @@ def cloud(rng: np.random.Generator, n: int, detail: int = 4, falloff: float = 1.
 
     ``detail`` is the number of cosines along each axis; higher ones are weaker
     by the power ``falloff``. einsum, not a matrix product: no threads, same bytes.
+
+    Examples
+    --------
+    >>> field = cloud(np.random.default_rng(0), 64)
+    >>> field.shape, bool(abs(field.mean()) < 0.1)
+    ((64, 64), True)
     """
     k = np.arange(detail)
     weight = rng.standard_normal((detail, detail)) / (1 + np.hypot(*np.meshgrid(k, k))) ** falloff
@@ -67,7 +73,14 @@ def cloud(rng: np.random.Generator, n: int, detail: int = 4, falloff: float = 1.
 
 
 def grain(rng: np.random.Generator, n: int, rows: int, columns: int) -> Array:
-    """White noise averaged over ``rows`` x ``columns`` grid points, (n, n), deviation 1."""
+    """White noise averaged over ``rows`` x ``columns`` grid points, (n, n), deviation 1.
+
+    Examples
+    --------
+    >>> field = grain(np.random.default_rng(0), 256, rows=3, columns=3)
+    >>> round(float(field.std()), 1)
+    1.0
+    """
     field: Array = rng.standard_normal((n, n), np.float32)
     ndimage.uniform_filter(field, (rows, columns), output=field, mode="wrap")
     field *= math.sqrt(rows * columns)
@@ -75,7 +88,13 @@ def grain(rng: np.random.Generator, n: int, rows: int, columns: int) -> Array:
 
 
 def step(value: Array, width: float = 1.0) -> Array:
-    """0 below -width/2, 1 above width/2, smooth in between."""
+    """0 below -width/2, 1 above width/2, smooth in between.
+
+    Examples
+    --------
+    >>> step(np.array([-1.0, 0.0, 1.0])).tolist()
+    [0.0, 0.5, 1.0]
+    """
     t = np.clip(value / width + 0.5, 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -83,7 +102,15 @@ def step(value: Array, width: float = 1.0) -> Array:
 def stroke(
     x: Array, y: Array, start: tuple[float, float], angle: float, length: float, bend: float
 ) -> tuple[Array, Array]:
-    """Signed distance to a bent line, and position along it (-1 to 1 between its ends)."""
+    """Signed distance to a bent line, and position along it (-1 to 1 between its ends).
+
+    Examples
+    --------
+    >>> x, y = np.array([0.0, 5.0]), np.array([0.0, 1.0])
+    >>> distance, along = stroke(x, y, start=(0, 0), angle=0.0, length=10, bend=0)
+    >>> distance.tolist(), along.tolist()
+    ([0.0, 1.0], [0.0, 1.0])
+    """
     dx, dy = x - start[0], y - start[1]
     along = (dx * math.cos(angle) + dy * math.sin(angle)) / (length / 2)
     return dy * math.cos(angle) - dx * math.sin(angle) - bend * along**2, along
@@ -105,6 +132,12 @@ class Scene:
         Factor on the surface's colour: stains.
     overlay : tuple of (cover, shadow, colour) or None
         A foreign fibre: two (n, n) fields between 0 and 1, and a colour (3,).
+
+    Examples
+    --------
+    >>> scene = Scene(np.random.default_rng(0), 128)
+    >>> scene.x.shape, round(float(scene.x.max()))
+    ((128, 128), 255)
     """
 
     def __init__(self, rng: np.random.Generator, n: int) -> None:
@@ -149,6 +182,12 @@ class Cloth(Scene):
 
     A yarn's centre lies at an integer. ``warp`` and ``weft`` are factors on the
     yarns' width at every point: 1 in good cloth, 0 where a yarn is gone.
+
+    Examples
+    --------
+    >>> cloth = Cloth(np.random.default_rng(0), 128)
+    >>> cloth.render().shape
+    (64, 64, 3)
     """
 
     def __init__(self, rng: np.random.Generator, n: int) -> None:
@@ -213,6 +252,12 @@ class Nut(Scene):
 
     ``outline`` is the distance to the hexagon (negative inside), ``height`` the
     relief of the top, and ``rough`` says how dull the metal is, 0 to 1.
+
+    Examples
+    --------
+    >>> nut = Nut(np.random.default_rng(0), 128)
+    >>> nut.render().shape, bool(nut.outline.min() < 0 < nut.outline.max())
+    ((64, 64, 3), True)
     """
 
     APOTHEM, BORE, THROUGH = 80.0, 43.0, 0.80
@@ -298,7 +343,15 @@ class Nut(Scene):
 
 
 def blob(scene: Scene, rng: np.random.Generator, radius: float) -> Array:
-    """An uneven patch, (n, n): 1 at its centre, 0 at its border, negative outside."""
+    """An uneven patch, (n, n): 1 at its centre, 0 at its border, negative outside.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> patch = blob(Nut(rng, 128), rng, radius=30)
+    >>> bool(patch.max() > 0 > patch.min())
+    True
+    """
     x, y = scene.spot(rng)
     squash, angle = rng.uniform(0.6, 1), rng.uniform(0, np.pi)
     dx, dy = scene.x - x, scene.y - y
@@ -309,7 +362,16 @@ def blob(scene: Scene, rng: np.random.Generator, radius: float) -> Array:
 
 
 def fibre(scene: Scene, rng: np.random.Generator) -> None:
-    """A foreign fibre has fallen on the part: a curled line with a soft shadow."""
+    """A foreign fibre has fallen on the part: a curled line with a soft shadow.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> nut = Nut(rng, 128)
+    >>> fibre(nut, rng)
+    >>> nut.overlay is None
+    False
+    """
     steps, size = 500, rng.uniform(30, 80)
     # The heading swings irregularly: two slow waves and a steady curl.
     t = np.linspace(0, 2 * np.pi, steps)
@@ -333,7 +395,16 @@ def fibre(scene: Scene, rng: np.random.Generator) -> None:
 
 
 def hole(cloth: Cloth, rng: np.random.Generator) -> None:
-    """Yarns are torn out: a dark, ragged gap, and the yarns around it pushed aside."""
+    """Yarns are torn out: a dark, ragged gap, and the yarns around it pushed aside.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> cloth = Cloth(rng, 128)
+    >>> hole(cloth, rng)
+    >>> float(cloth.warp.min())  # yarns are gone
+    0.0
+    """
     x, y = cloth.spot(rng)
     radius, squash = rng.uniform(4.5, 15), rng.uniform(0.75, 1.3)
     distance = np.hypot(cloth.x - x, (cloth.y - y) * squash) + cloud(rng, cloth.n, 20, 0.5)
@@ -346,7 +417,16 @@ def hole(cloth: Cloth, rng: np.random.Generator) -> None:
 
 
 def cut(cloth: Cloth, rng: np.random.Generator) -> None:
-    """A blade has gone through: a narrow slit whose ends taper off."""
+    """A blade has gone through: a narrow slit whose ends taper off.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> cloth = Cloth(rng, 128)
+    >>> cut(cloth, rng)
+    >>> bool(cloth.warp.min() < 0.5)
+    True
+    """
     width = rng.uniform(0.5, 2.0)
     across, along = stroke(
         cloth.x,
@@ -364,7 +444,16 @@ def cut(cloth: Cloth, rng: np.random.Generator) -> None:
 
 
 def missing_thread(cloth: Cloth, rng: np.random.Generator) -> None:
-    """One warp yarn is missing or too thin over some length: a line of open weave."""
+    """One warp yarn is missing or too thin over some length: a line of open weave.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> cloth = Cloth(rng, 128)
+    >>> missing_thread(cloth, rng)
+    >>> bool(cloth.warp.min() < 1), bool(cloth.weft.min() < 1)  # only the warp suffers
+    (True, False)
+    """
     x, y = cloth.spot(rng)
     scale = cloth.n / SIDE
     yarn = np.rint(cloth.u[int(y * scale), int(x * scale)])
@@ -374,7 +463,16 @@ def missing_thread(cloth: Cloth, rng: np.random.Generator) -> None:
 
 
 def stain(cloth: Cloth, rng: np.random.Generator) -> None:
-    """Something was spilt: a darker patch, with the rim that drying leaves."""
+    """Something was spilt: a darker patch, with the rim that drying leaves.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> cloth = Cloth(rng, 128)
+    >>> stain(cloth, rng)
+    >>> bool(cloth.tint.min() < 1)
+    True
+    """
     patch = blob(cloth, rng, rng.uniform(14, 34))
     rim = np.exp(-((patch / 0.10) ** 2))
     strength = rng.uniform(0.15, 0.5) * (0.75 * step(patch, 0.25) + 0.35 * rim)
@@ -383,7 +481,17 @@ def stain(cloth: Cloth, rng: np.random.Generator) -> None:
 
 
 def scratch(nut: Nut, rng: np.random.Generator) -> None:
-    """Something hard slid over the top: a thin groove, one side bright, one dark."""
+    """Something hard slid over the top: a thin groove, one side bright, one dark.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> nut = Nut(rng, 128)
+    >>> before = nut.height
+    >>> scratch(nut, rng)
+    >>> bool((nut.height < before).any())
+    True
+    """
     across, along = stroke(
         nut.x,
         nut.y,
@@ -399,7 +507,17 @@ def scratch(nut: Nut, rng: np.random.Generator) -> None:
 
 
 def dent(nut: Nut, rng: np.random.Generator) -> None:
-    """The nut has been hit on a side: the edge gives way and the top sinks."""
+    """The nut has been hit on a side: the edge gives way and the top sinks.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> nut = Nut(rng, 128)
+    >>> before = nut.outline
+    >>> dent(nut, rng)
+    >>> bool((nut.outline > before).any())
+    True
+    """
     side, shift = rng.integers(6) * np.pi / 3, rng.uniform(-30, 30)
     c, s = math.cos(side), math.sin(side)
     x, y = nut.APOTHEM * c - shift * s, nut.APOTHEM * s + shift * c
@@ -410,7 +528,17 @@ def dent(nut: Nut, rng: np.random.Generator) -> None:
 
 
 def broken_corner(nut: Nut, rng: np.random.Generator) -> None:
-    """A corner has broken off and left a dull, grainy face."""
+    """A corner has broken off and left a dull, grainy face.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> nut = Nut(rng, 128)
+    >>> before = nut.outline
+    >>> broken_corner(nut, rng)
+    >>> bool((nut.outline > before).any())
+    True
+    """
     corner = rng.integers(6) * np.pi / 3 + np.pi / 6
     tip = nut.APOTHEM * 2 / np.sqrt(3)
     tilt = corner + rng.normal(0, 0.2)
@@ -423,7 +551,16 @@ def broken_corner(nut: Nut, rng: np.random.Generator) -> None:
 
 
 def rust(nut: Nut, rng: np.random.Generator) -> None:
-    """Rust has set in: a mottled brown patch that no longer shines."""
+    """Rust has set in: a mottled brown patch that no longer shines.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> nut = Nut(rng, 128)
+    >>> rust(nut, rng)
+    >>> bool(nut.tint.min() < 1), bool(nut.rough.max() > 0)
+    (True, True)
+    """
     patch = blob(nut, rng, rng.uniform(12, 30))
     mottled = np.clip(0.75 + 0.25 * cloud(rng, nut.n, 32, 0.3), 0, 1)
     strength = rng.uniform(0.25, 0.9) * step(patch - 0.1, 0.6) * mottled
@@ -445,7 +582,14 @@ CATEGORIES: dict[str, tuple[type[Scene], dict[str, Defect]]] = {
 class Sample(NamedTuple):
     """One drawn image: ``image`` (H, W, 3) and ``mask`` (H, W), both 8 bit, as they are
     written; ``clean`` and ``reference`` (H, W, 3), 0 to 1, the renderings before the
-    noise with and without the defect."""
+    noise with and without the defect.
+
+    Examples
+    --------
+    >>> sample: Sample = draw("nut", "test", "dent", 0, seed=0, size=64)
+    >>> sample.image.dtype, sample.mask.max(), sample.clean.shape
+    (dtype('uint8'), np.uint8(255), (64, 64, 3))
+    """
 
     image: Array
     mask: Array
@@ -454,7 +598,14 @@ class Sample(NamedTuple):
 
 
 def draw(category: str, split: str, kind: str, index: int, *, seed: int, size: int) -> Sample:
-    """Draw one image. ``kind`` is ``"good"`` or the name of a defect."""
+    """Draw one image. ``kind`` is ``"good"`` or the name of a defect.
+
+    Examples
+    --------
+    >>> first, again = (draw("cloth", "train", "good", 0, seed=0, size=64) for _ in range(2))
+    >>> first.image.shape, bool((first.image == again.image).all())
+    ((64, 64, 3), True)
+    """
     name = f"{category}/{split}/{kind}/{index}"
     streams = np.random.SeedSequence([seed, *name.encode()]).spawn(3)
     of_scene, of_defect, of_noise = (np.random.default_rng(stream) for stream in streams)
@@ -475,7 +626,15 @@ def draw(category: str, split: str, kind: str, index: int, *, seed: int, size: i
 
 
 def is_whole(root: Path, manifest: dict[str, Any]) -> bool:
-    """Whether ``root`` is a data set with this manifest and none of its files missing."""
+    """Whether ``root`` is a data set with this manifest and none of its files missing.
+
+    Examples
+    --------
+    >>> import json
+    >>> manifest = json.loads((data / "manifest.json").read_text())
+    >>> is_whole(data, manifest), is_whole(folder, manifest)
+    (True, False)
+    """
     try:
         found = json.loads((root / "manifest.json").read_text())
     except (OSError, ValueError):
@@ -519,6 +678,13 @@ def generate(
     SimpleNetError
         If a parameter is out of range, if ``root`` holds something that is not
         this very data set, or if it cannot be written.
+
+    Examples
+    --------
+    >>> counts = {"train": 2, "test_good": 1, "test_per_defect": 0}
+    >>> root = generate(folder / "data", categories=("nut",), **counts)
+    >>> sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
+    ['nut/test/good/000.png', 'nut/train/good/000.png', 'nut/train/good/001.png']
     """
     root = Path(root)
     known = ", ".join(CATEGORIES)

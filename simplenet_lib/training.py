@@ -52,6 +52,12 @@ class History:
         The loss, (steps,).
     normal, noisy : Tensor
         Share of normal scores above +m and of noisy scores below -m, (steps,).
+
+    Examples
+    --------
+    >>> history = History(torch.tensor([1.4, 0.9]), torch.zeros(2), torch.zeros(2))
+    >>> bool(history.loss[-1] < history.loss[0])
+    True
     """
 
     loss: Tensor
@@ -75,6 +81,14 @@ class Trained:
         that a single head was trained on.
     seconds_features, seconds_training : float
         Where the time went.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> normal = AnomalyDataset(data, "nut", "train", make_transform(32, 32))
+    >>> trained: Trained = train(normal, model.config, weights=weights_file, progress=False)
+    >>> trained.scores.shape, trained.history.loss.shape  # images, steps
+    ((6,), torch.Size([3]))
     """
 
     model: SimpleNet
@@ -94,6 +108,14 @@ def split_images(count: int, heads: int, seed: int) -> NDArray[np.int64]:
     ------
     SimpleNetError
         If there are fewer than two images.
+
+    Examples
+    --------
+    >>> folds = split_images(count=10, heads=5, seed=0)
+    >>> np.bincount(folds).tolist()
+    [2, 2, 2, 2, 2]
+    >>> int((split_images(count=10, heads=1, seed=0) == 0).sum())
+    1
     """
     if count < 2:
         raise SimpleNetError(
@@ -110,7 +132,13 @@ def split_images(count: int, heads: int, seed: int) -> NDArray[np.int64]:
 
 
 def heads_without(fold: int, folds: NDArray[np.int64], heads: int) -> list[int]:
-    """The heads that are trained without the images of ``fold``."""
+    """The heads that are trained without the images of ``fold``.
+
+    Examples
+    --------
+    >>> heads_without(1, split_images(count=10, heads=4, seed=0), heads=4)
+    [1]
+    """
     return list(range(fold, heads, int(folds.max()) + 1))
 
 
@@ -119,6 +147,12 @@ def shuffled_positions(count: int, batch_size: int, seed: int, step: int) -> Ite
 
     The order of an epoch depends on the seed and its number alone, so a resumed
     training sees the same batches as an undisturbed one.
+
+    Examples
+    --------
+    >>> positions = shuffled_positions(count=6, batch_size=3, seed=0, step=0)
+    >>> sorted(torch.cat([next(positions), next(positions)]).tolist())
+    [0, 1, 2, 3, 4, 5]
     """
     epoch, start = divmod(step * batch_size, count)
 
@@ -177,6 +211,16 @@ def fit(
         After Ctrl-C, once the step is finished and the state is kept.
     SimpleNetError
         If the loss is not finite, or the checkpoint belongs to something else.
+
+    Examples
+    --------
+    >>> from simplenet_lib.features import FeatureMaps, Standardise
+    >>> values = list(np.random.default_rng(0).random((6, 8, 8, 64)).astype(np.float16))
+    >>> features = FeatureMaps(values, np.zeros((6, 8), np.float32), list("abcdef"))
+    >>> folds = split_images(6, heads=2, seed=0)
+    >>> history = fit(model.heads, Standardise(64), features, folds, model.config, progress=False)
+    >>> history.loss.shape
+    torch.Size([3])
     """
     device = standardise.mean.device
     count = max(int(folds.max()) + 1, 1)
@@ -256,7 +300,14 @@ def fit(
 
 
 def optimizer_of(head: Head, config: Config) -> torch.optim.Optimizer:
-    """AdamW with the published learning rates and weight decays of the two parts."""
+    """AdamW with the published learning rates and weight decays of the two parts.
+
+    Examples
+    --------
+    >>> optimizer = optimizer_of(model.heads[0], model.config)
+    >>> [group["lr"] for group in optimizer.param_groups]
+    [0.0003, 0.0006]
+    """
     adaptor = {"params": [*head.adaptor.parameters()], "lr": config.adaptor_lr}
     discriminator = {"params": [*head.discriminator.parameters()], "lr": config.discriminator_lr}
     return torch.optim.AdamW([adaptor, discriminator | {"weight_decay": 1e-5}])
@@ -416,6 +467,14 @@ def train(
         If ``dataset`` holds a defect.
     SimpleNetError
         See :func:`fit`, :func:`~simplenet_lib.features.cached_features`.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> normal = AnomalyDataset(data, "nut", "train", make_transform(32, 32))
+    >>> trained = train(normal, model.config, weights=weights_file, progress=False)
+    >>> trained.model.threshold > trained.model.typical
+    True
     """
     if any(sample.label for sample in dataset.samples):
         raise ValueError("a training set holds normal images only")
@@ -448,7 +507,16 @@ def train(
 
 @torch.inference_mode()
 def score_maps(model: SimpleNet, features: FeatureMaps, image: int, heads: Sequence[int]) -> Tensor:
-    """Score maps -D(z) of some heads on one cached image, (len(heads), h, w)."""
+    """Score maps -D(z) of some heads on one cached image, (len(heads), h, w).
+
+    Examples
+    --------
+    >>> from simplenet_lib.features import FeatureMaps
+    >>> values = list(np.random.default_rng(0).random((6, 8, 8, 64)).astype(np.float16))
+    >>> features = FeatureMaps(values, np.zeros((6, 8), np.float32), list("abcdef"))
+    >>> score_maps(model, features, image=0, heads=[0, 1]).shape
+    torch.Size([2, 8, 8])
+    """
     values = torch.from_numpy(features[image].copy()).to(model.level.device).float()
     vectors = model.standardise(values)
     return torch.stack([model.heads[number](vectors) for number in heads])
@@ -456,7 +524,16 @@ def score_maps(model: SimpleNet, features: FeatureMaps, image: int, heads: Seque
 
 @torch.inference_mode()
 def cached_maps(model: SimpleNet, features: FeatureMaps, images: Iterable[int]) -> Tensor:
-    """Anomaly maps, (len(images), H, W), of images whose features are cached."""
+    """Anomaly maps, (len(images), H, W), of images whose features are cached.
+
+    Examples
+    --------
+    >>> from simplenet_lib.features import FeatureMaps
+    >>> values = list(np.random.default_rng(0).random((6, 8, 8, 64)).astype(np.float16))
+    >>> features = FeatureMaps(values, np.zeros((6, 8), np.float32), list("abcdef"))
+    >>> cached_maps(model, features, range(6)).shape
+    torch.Size([6, 32, 32])
+    """
     every = range(len(model.heads))
     maps = []
     for image in images:
@@ -466,7 +543,13 @@ def cached_maps(model: SimpleNet, features: FeatureMaps, images: Iterable[int]) 
 
 
 def without_each(values: Tensor) -> Tensor:
-    """For each of n values, (n, ...), the mean of all the others."""
+    """For each of n values, (n, ...), the mean of all the others.
+
+    Examples
+    --------
+    >>> without_each(torch.tensor([1.0, 2.0, 6.0]))
+    tensor([4.0000, 3.5000, 1.5000])
+    """
     return (values.sum(dim=0, keepdim=True) - values) / (len(values) - 1)
 
 
@@ -511,6 +594,15 @@ def calibrate(
     Barber, Candès, Ramdas, Tibshirani: Predictive inference with the jackknife+, Annals of
     Statistics 49, 2021. Kim, Xu, Barber: Predictive inference is free with the
     jackknife+-after-bootstrap, NeurIPS 2020.
+
+    Examples
+    --------
+    >>> from simplenet_lib.features import FeatureMaps
+    >>> values = list(np.random.default_rng(0).random((6, 8, 8, 64)).astype(np.float16))
+    >>> features = FeatureMaps(values, np.zeros((6, 8), np.float32), list("abcdef"))
+    >>> scores = calibrate(model, features, split_images(6, heads=2, seed=0))
+    >>> round(float(np.median(scores)), 3), round(float(scores.max()), 3)
+    (0.0, 1.0)
     """
     config = model.config
     count = int(folds.max()) + 1

