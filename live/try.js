@@ -35,6 +35,7 @@ function start() {
 export function stop(reason) {
   worker?.terminate();
   worker = loading = undefined;
+  nut.ready = $("nut-load").hidden = false;
   for (const { reject } of waiting.values()) reject(new Error(reason));
   waiting.clear();
 }
@@ -62,8 +63,8 @@ async function keep() {
   const names = loading ? info.scripts.map((name) => new URL(name, HERE).href) : [];
   const own = [...parts, ...names].filter((name) => name.startsWith(location.origin));
   for (const name of new Set([location.href.split("#")[0], ...own])) {
-    if (!/onnx$|wasm$|safetensors$|onnx\?|wasm\?|safetensors\?/.test(name)) {
-      await store?.add(name).catch(() => {});
+    if (!/\.(onnx|wasm|safetensors)(\?|$)/.test(name)) { // these the worker keeps
+      await store?.add(new Request(name, { cache: "force-cache" })).catch(() => {});
     }
   }
 }

@@ -106,6 +106,7 @@ const split = (values, count) => Array.from({ length: count }, (_, k) =>
 
 async function predict({ model: name, photo }) {
   const model = models[name];
+  if (!model) throw new Fault("The detector is no longer there: train it or open it again.");
   const image = photo instanceof Blob ? await decode(photo) : photo;
   const layers = await outputs(image, model.config);
   const { maps } = await sessions["maps.onnx"].run({ ...layers, ...heads(model.fused) });
