@@ -8,8 +8,10 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from simplenet_lib.localization import (
     results,
 )
 from simplenet_lib.metrics import auroc_deviation, pixel_deviations
-from simplenet_lib.model import SimpleNet, read_checkpoint
+from simplenet_lib.model import SimpleNet, read_checkpoint, write_whole
 from simplenet_lib.training import Trained, train
 from simplenet_lib.weights import find_weights
 
@@ -107,20 +109,64 @@ class Run:
     report: dict[str, Any]
 
 
-def datasets(
+@dataclass
+class Splits:
+    """The images of a category, every file of which has been read once; see :func:`read_splits`.
+
+    Attributes
+    ----------
+    normal : ImageFiles
+        The normal images.
+    test : AnomalyDataset or None
+        The test images, if there are some.
+    white : float
+        What white is in their images of more than 8 bits; 0 without such.
+    ratio, side : float
+        Median height over width of the normal images, and median side √(height · width) in
+        pixels.
+
+    Examples
+    --------
+    >>> splits = read_splits(data, "nut")
+    >>> splits.white, splits.ratio, splits.side
+    (0, 1.0, 64.0)
+    >>> from simplenet_lib.config import PRESETS
+    >>> splits.under(PRESETS["fast"]).ratio
+    1.0
+    """
+
+    normal: ImageFiles
+    test: AnomalyDataset | None
+    white: float
+    ratio: float
+    side: float
+
+    def under(self, config: Config) -> Config:
+        """Have the images seen as ``config`` asks for, and fill in what it leaves to them."""
+        config = replace(config, white=config.white or self.white)
+        if config.ratio == 0:
+            config = replace(config, ratio=round(self.ratio, 3))
+        if config.tile and config.resize == PRESETS[config.preset].resize:
+            side = TILE_STEP * round(self.side / TILE_STEP)
+            config = replace(config, resize=side, crop=side)
+        for split in filter(None, (self.normal, self.test)):
+            split.transform = make_transform(config.size, config.seen)
+            split.white = config.white
+        return config
+
+
+def read_splits(
     data: Path,
     category: str | None,
-    config: Config,
+    white: float = 0,
     *,
     skip_damaged: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
     progress: bool = False,
-) -> tuple[ImageFiles, AnomalyDataset | None, Config]:
-    """The normal images, the test images if there are some, and the configuration for them.
+) -> Splits:
+    """Find a category's images, and read every file once.
 
-    The photos keep their shape: where ``config.ratio`` is 0, the median of theirs takes
-    its place. So does white in photos of more than 8 bits, where ``config.white`` is 0.
-    Every file is read once, so that a damaged one is found now and not after a training.
+    So a damaged one is found now and not after a training.
 
     Parameters
     ----------
@@ -128,8 +174,8 @@ def datasets(
         A folder of categories, or of good photos alone.
     category : str or None
         The category; None for a folder of photos.
-    config : Config
-        The configuration.
+    white : float
+        What white is in images of more than 8 bits; 0 to find it.
     skip_damaged : bool
         Leave out the files that cannot be read.
     say : callable
@@ -145,13 +191,12 @@ def datasets(
 
     Examples
     --------
-    >>> from simplenet_lib.config import preset
-    >>> normal, test, config = datasets(data, "nut", preset("fast"), say=print)
+    >>> splits = read_splits(data, "nut", say=print)
     Found 6 normal images to train on; to test with 2 good, 1 broken_corner, ...; 5 masks.
-    >>> len(normal), len(test), config.seen
-    (6, 7, (384, 384))
+    >>> len(splits.normal), len(splits.test)
+    (6, 7)
     """
-    transform = make_transform(config.size, config.seen)
+    transform = make_transform(32, 32)  # until a configuration says how they are seen
     normal: ImageFiles
     test = None
     if category is None:
@@ -161,13 +206,14 @@ def datasets(
     else:
         train_split = AnomalyDataset(data, category, "train", transform)
         normal = train_split
-        say(train_split.found.summary())
+        found = train_split.found
+        say(found.summary())
         # Read before training: a fault in the test folder should not cost the user a training.
-        if train_split.found.test:
-            test = AnomalyDataset(data, category, "test", transform)
+        if found.test:
+            test = AnomalyDataset(data, category, "test", transform, found=found)
     splits = [normal] if test is None else [normal, test]
     checked = check(
-        [sample for split in splits for sample in split.samples], config.white, progress=progress
+        [sample for split in splits for sample in split.samples], white, progress=progress
     )
     if checked.damaged:
         reasons = " ".join(checked.damaged.values())
@@ -175,7 +221,7 @@ def datasets(
         if not skip_damaged:
             several = f"{count} files cannot be read: " if count > 1 else ""
             raise SimpleNetError(
-                f"{several}{reasons} Mend or remove them, or train without them: --skip-damaged."
+                f"{several}{reasons} Mend or remove them, or go on without them: --skip-damaged."
             )
         say(f"{count} damaged files are left out: {reasons}")
         for split in splits:
@@ -184,17 +230,44 @@ def datasets(
             raise SimpleNetError(f"{data}: no normal images are left to train on.")
     for note in checked.notes + ([test.mask_note] if test and test.mask_note else []):
         say(note)
-    config = replace(config, white=checked.white or config.white)
-    ratio, side = shape_of(normal.samples)
-    if config.ratio == 0:
-        config = replace(config, ratio=round(ratio, 3))
-    if config.tile and config.resize == PRESETS[config.preset].resize:
-        side = TILE_STEP * round(side / TILE_STEP)
-        config = replace(config, resize=side, crop=side)
-    for split in splits:
-        split.transform = make_transform(config.size, config.seen)
-        split.white = config.white
-    return normal, test, config
+    return Splits(normal, test, checked.white, *shape_of(normal.samples))
+
+
+def datasets(
+    data: Path,
+    category: str | None,
+    config: Config,
+    *,
+    skip_damaged: bool = False,
+    say: Callable[[str], None] = lambda sentence: None,
+    progress: bool = False,
+) -> tuple[ImageFiles, AnomalyDataset | None, Config]:
+    """The normal images, the test images if there are some, and the configuration for them.
+
+    The photos keep their shape: where ``config.ratio`` is 0, the median of theirs takes
+    its place. So does white in photos of more than 8 bits, where ``config.white`` is 0, and
+    with tiles their side, unless ``config.resize`` was set.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+    data, category, skip_damaged, say, progress
+        See :func:`read_splits`.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> normal, test, config = datasets(data, "nut", preset("fast"), say=print)
+    Found 6 normal images to train on; to test with 2 good, 1 broken_corner, ...; 5 masks.
+    >>> len(normal), len(test), config.seen
+    (6, 7, (384, 384))
+    """
+    splits = read_splits(
+        data, category, config.white, skip_damaged=skip_damaged, say=say, progress=progress
+    )
+    config = splits.under(config)
+    return splits.normal, splits.test, config
 
 
 def can_be_evaluated(test: AnomalyDataset | None) -> bool:
@@ -217,6 +290,7 @@ def run(
     weights: Path | None = None,
     device: str = "cpu",
     checkpoint: Path | None = None,
+    splits: Splits | None = None,
     skip_damaged: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
     ready: Callable[[ImageFiles, Config], None] = lambda normal, config: None,
@@ -229,6 +303,8 @@ def run(
     ----------
     data, category, config, skip_damaged, say
         See :func:`datasets`.
+    splits : Splits, optional
+        The images, if they have been read already.
     ready : callable
         Receives the normal images and the configuration for them, before the training.
     keep : callable
@@ -242,9 +318,12 @@ def run(
     >>> done.report["train_images"], sorted(done.report["deviation_over_images"])
     (6, ['aupro', 'image_auroc', 'pixel_auroc'])
     """
-    normal, test, config = datasets(
-        data, category, config, skip_damaged=skip_damaged, say=say, progress=progress
-    )
+    if splits is None:
+        splits = read_splits(
+            data, category, config.white, skip_damaged=skip_damaged, say=say, progress=progress
+        )
+    config = splits.under(config)
+    normal, test = splits.normal, splits.test
     ready(normal, config)
     trained = train(
         normal, config, weights=weights, device=device, checkpoint=checkpoint, progress=progress
@@ -607,6 +686,18 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     return [read_run(path) for path in sorted(folder.glob("*.json"))]
 
 
+def write_run(path: Path, report: dict[str, Any]) -> None:
+    """Write a run's report, whole or not at all.
+
+    Examples
+    --------
+    >>> write_run(folder / "nut-fast-0.json", {"category": "nut", "seed": 0})
+    >>> read_run(folder / "nut-fast-0.json")
+    {'category': 'nut', 'seed': 0}
+    """
+    write_whole(path, (json.dumps(report, indent=2) + "\n").encode())
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """Read one run; see :func:`read_runs`.
 
@@ -652,6 +743,154 @@ def is_done(path: Path, dataset: str, category: str, config: Config) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run that a benchmark asks for.
+
+    Attributes
+    ----------
+    data : Path
+        The folder of categories.
+    category : str
+        The category.
+    config : Config
+        The configuration for its images, seed included.
+    changes : dict
+        What it changes of its preset.
+    path : Path
+        The JSON file that the run ends in.
+    splits : Splits or None
+        The images, if they have been read already.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from simplenet_lib.config import PRESETS
+    >>> config = replace(PRESETS["fast"], sigma=0.5)
+    >>> path = folder / "nut-fast-sigma=0.5-0.json"
+    >>> job = Job(data, "nut", config, changes_of(config), path, None)
+    >>> job.changes
+    {'sigma': 0.5}
+    """
+
+    data: Path
+    category: str
+    config: Config
+    changes: dict[str, Any]
+    path: Path
+    splits: Splits | None
+
+    def run(self, weights: Path | None, device: str, *, progress: bool = True) -> None:
+        """Make the run, or go on with it, and write its file."""
+        state = self.path.with_suffix(".training.safetensors")
+        done = run(
+            self.data,
+            self.category,
+            self.config,
+            weights=weights,
+            device=device,
+            checkpoint=state,
+            splits=self.splits,
+            progress=progress,
+        )
+        changes = {"changes": self.changes} if self.changes else {}
+        write_run(self.path, done.report | changes)
+        state.unlink(missing_ok=True)
+
+
+def missing_jobs(
+    data: Path,
+    categories: Iterable[str],
+    configs: Sequence[Config],
+    seeds: Iterable[int],
+    output: Path,
+    *,
+    skip_damaged: bool = False,
+    say: Callable[[str, str], None] = lambda category, sentence: None,
+) -> list[Job]:
+    """Every run of categories x configurations x seeds that is not in ``output`` yet.
+
+    A run of a preset is ``CATEGORY-PRESET-SEED.json``; what a configuration changes of its
+    preset stands before the seed: ``bottle-fast-sigma=0.5-0.json``.
+
+    Parameters
+    ----------
+    data : Path
+        The folder of categories.
+    categories : iterable of str
+        Their names.
+    configs : sequence of Config
+        Presets, or changes of one.
+    seeds : iterable of int
+        The seeds.
+    output : Path
+        The folder for the runs.
+    skip_damaged, say
+        See :func:`read_splits`; ``say`` receives the category first.
+
+    Raises
+    ------
+    SimpleNetError
+        If a category cannot be read or evaluated, or ``output`` holds other runs under the
+        same names.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from simplenet_lib.config import PRESETS
+    >>> configs = [PRESETS["fast"], replace(PRESETS["fast"], sigma=0.5)]
+    >>> [job.path.name for job in missing_jobs(data, ["nut"], configs, [0], folder)]
+    ['nut-fast-0.json', 'nut-fast-sigma=0.5-0.json']
+    """
+    jobs = []
+    for name in dict.fromkeys(categories):
+        # What cannot be read is found now, not after hours; and nothing is read twice.
+        splits = read_splits(data, name, skip_damaged=skip_damaged, say=partial(say, name))
+        if not can_be_evaluated(splits.test):
+            raise SimpleNetError(f"{data / name}: no test images with and without a defect.")
+        for config, seed in product(dict.fromkeys(configs), dict.fromkeys(seeds)):
+            changes = changes_of(config)
+            parts = [name, config.preset, *([named(changes)] if changes else []), str(seed)]
+            path = output / f"{'-'.join(parts)}.json"
+            seeded = splits.under(replace(config, seed=seed))
+            if not is_done(path, data.resolve().name, name, seeded):
+                jobs.append(Job(data, name, seeded, changes, path, splits))
+    return jobs
+
+
+def changes_of(config: Config) -> dict[str, Any]:
+    """What a configuration changes of its preset, apart from the seed.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from simplenet_lib.config import PRESETS
+    >>> changes_of(replace(PRESETS["fast"], sigma=0.5, seed=3))
+    {'sigma': 0.5}
+    """
+    usual = asdict(PRESETS[config.preset])
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name != "seed" and value != usual[name]
+    }
+
+
+def named(changes: Mapping[str, Any]) -> str:
+    """Changes of a preset as a name.
+
+    Examples
+    --------
+    >>> named({"layers": ["layer1", "layer2"], "sigma": 0.5})
+    'layers=layer1+layer2,sigma=0.5'
+    """
+    values = {
+        name: "+".join(value) if isinstance(value, list | tuple) else value
+        for name, value in changes.items()
+    }
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
 def mean_and_deviation(values: Sequence[float]) -> str:
     """Shares between 0 and 1 as percent, ``"99.8 ± 0.2"``; one value has no deviation.
 
@@ -687,7 +926,7 @@ def with_both(runs: Sequence[dict[str, Any]], metric: str) -> str:
 
 
 def table(runs: Iterable[dict[str, Any]]) -> str:
-    """One row a category and preset, as Markdown, metrics in percent.
+    """One row a category, preset and change of it, as Markdown, metrics in percent.
 
     The first ± is the standard deviation over seeds, the second the one over test
     images. The seconds of the features are the highest of a row: later seeds read
@@ -706,12 +945,14 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
     rates = {"false_alarm_rate": "false alarms", "detection_rate": "defects found"}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        groups.setdefault((run["category"], run["preset"]), []).append(run)
+        changes = named(run.get("changes", {}))
+        variant = f"`{run['preset']}`{', ' if changes else ''}{changes}"
+        groups.setdefault((run["category"], variant), []).append(run)
     heading = ["category", "preset", "seeds", *columns.values(), *rates.values()]
     heading += ["features, s", "training, s"]
     lines = [heading, ["---"] * len(heading)]
-    for (category, preset), group in groups.items():
-        row = [category, f"`{preset}`", str(len(group))]
+    for (category, variant), group in groups.items():
+        row = [category, variant, str(len(group))]
         row += [with_both(group, metric) for metric in columns]
         row += [mean_and_deviation([run[rate] for run in group if rate in run]) for rate in rates]
         features = max(run["seconds_features"] for run in group)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +99,19 @@ MaxPixels = Annotated[
 ]
 ModelPath = Annotated[
     Path, typer.Argument(help="A model.safetensors, or the folder that `train` wrote it to.")
+]
+
+SkipDamaged = Annotated[
+    bool, typer.Option("--skip-damaged", help="Go on without the files that cannot be read.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Work with Ray: `local` starts it on this machine and ends it again, `auto` or"
+        " HOST:PORT is a cluster that runs. Needs the extra `cluster`.",
+    ),
 ]
 
 SYNTHETIC = Path("data/synthetic")
@@ -197,9 +211,7 @@ def train(
             " overlapping tiles of so many pixels, such as 640.",
         ),
     ] = 0,
-    skip_damaged: Annotated[
-        bool, typer.Option("--skip-damaged", help="Train without the files that cannot be read.")
-    ] = False,
+    skip_damaged: SkipDamaged = False,
     max_pixels: MaxPixels = None,
     max_false_alarms: MaxFalseAlarms = None,
     weights: Weights = None,
@@ -218,8 +230,8 @@ def train(
         config = replace(config, false_alarms=max_false_alarms)
     data, category = _find_data(data, category)
     output = output or Path("runs") / f"{category or data.resolve().name}-{preset}-{config.seed}"
-    from simplenet_lib.benchmark import is_trained
-    from simplenet_lib.model import check_writable, write_whole
+    from simplenet_lib.benchmark import is_trained, write_run
+    from simplenet_lib.model import check_writable
 
     check_writable(output)
     state = output / "training.safetensors"
@@ -236,7 +248,7 @@ def train(
 
     def keep(run: Run) -> None:
         run.trained.model.save(written[0])
-        write_whole(written[1], _as_json(run.report | where))
+        write_run(written[1], run.report | where)
         say(f"Trained: {written[0]}")
 
     say = _say_of(category or data.resolve().name)
@@ -254,7 +266,7 @@ def train(
         skip_damaged=skip_damaged,
     )
     if done.predictions is not None:
-        write_whole(written[1], _as_json(done.report | where))
+        write_run(written[1], done.report | where)
         written.append(output / "examples.png")
         _write_examples(written[-1], done.trained.model, done.predictions)
         _print_metrics(done.report)
@@ -277,27 +289,52 @@ def train(
 
 @app.command()
 def benchmark(
-    data: Annotated[Path, typer.Option(help="Folder that holds categories, the MVTec AD layout.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder that holds categories, the MVTec AD layout.")
+    ] = None,
     categories: Annotated[
         str | None, typer.Option(help="Some of them, such as bottle,grid; all by default.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0,1,2",
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "fast",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE,...",
+            help="Try every value of a number of the preset, such as sigma=0.25,0.5; of several"
+            " names every combination. Of layers one choice each time: layers=layer1,layer2.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for one JSON a run.")] = Path("results"),
+    only_table: Annotated[
+        bool, typer.Option("--table", help="Only print the table of the runs in OUTPUT.")
+    ] = False,
+    skip_damaged: SkipDamaged = False,
     max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
+    ray: RayAddress = None,
 ) -> None:
     """Train and evaluate every category with every seed, and print a table.
 
     A run whose file is in OUTPUT already is skipped, so the same command goes on
-    after Ctrl-C. The last step is what counts: test images choose nothing.
+    after Ctrl-C. The last step is what counts: test images choose nothing. In the table
+    the first ± is the standard deviation over seeds, the second the one over test images.
     """
-    from simplenet_lib.benchmark import can_be_evaluated, datasets, is_done, read_runs, table
+    from simplenet_lib.benchmark import missing_jobs, read_runs, table
     from simplenet_lib.dataset import LAYOUTS
     from simplenet_lib.dataset import categories as categories_in
-    from simplenet_lib.model import check_writable, write_whole
+    from simplenet_lib.model import check_writable
 
+    if only_table:
+        runs = read_runs(output)
+        if not runs:
+            raise SimpleNetError(f"{output}: holds no runs.")
+        print(table(runs))
+        return
+    if data is None:
+        raise SimpleNetError("name the folder of categories: --data FOLDER.")
     if not data.is_dir():
         raise SimpleNetError(f"{data}: no such folder.")
     names = categories.split(",") if categories else categories_in(data)
@@ -307,26 +344,42 @@ def benchmark(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise SimpleNetError(f"--seeds {seeds}: expected numbers such as 0,1,2.") from None
-    dataset = data.resolve().name
-    missing = []
-    for name in names:
-        # A folder that cannot be read is found now, not after hours.
-        _, test, config = datasets(data, name, preset_named(preset), say=_say_of(name))
-        if not can_be_evaluated(test):
-            raise SimpleNetError(f"{data / name}: no test images with and without a defect.")
-        for number in numbers:
-            path = output / f"{name}-{preset}-{number}.json"
-            seeded = replace(config, seed=number)
-            if not is_done(path, dataset, name, seeded):
-                missing.append((name, seeded, path))
+    configs = _variants(preset_named(preset), changes or [])
+    failed: dict[str, str] = {}
+    if ray is None:
+        device = _device(device)
+    else:
+        from simplenet_lib.cluster import sweep
+
+        data, output = data.absolute(), output.absolute()  # other machines know no current folder
+    jobs = missing_jobs(
+        data,
+        names,
+        configs,
+        numbers,
+        output,
+        skip_damaged=skip_damaged,
+        say=lambda name, sentence: _say_of(name)(sentence),
+    )
     check_writable(output)
-    for number, (name, config, path) in enumerate(missing, start=1):
-        print(f"{number} of {len(missing)}: {name}, seed {config.seed}", flush=True)
-        state = path.with_suffix(".training.safetensors")
-        done = _run(data, name, config, weights, device, state)
-        write_whole(path, _as_json(done.report))
-        state.unlink(missing_ok=True)
-    print(table(read_runs(output)))
+    try:
+        if ray is not None:
+            failed = sweep(jobs, ray, weights=weights, device=device)
+        else:
+            for number, job in enumerate(jobs, start=1):
+                print(f"{number} of {len(jobs)}: {job.path.stem}", flush=True)
+                job.run(weights, device)
+    except KeyboardInterrupt:
+        print("simplenet: stopped. Run the same command to go on from there.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if runs := read_runs(output):
+        print(table(runs))
+    if failed:
+        raise SimpleNetError(
+            f"{len(failed)} of {len(jobs)} runs failed: "
+            + " ".join(f"{name}: {reason}" for name, reason in failed.items())
+            + " Run the same command to try them again."
+        )
 
 
 def _run(
@@ -442,15 +495,24 @@ def evaluate(
 def predict(
     model: ModelPath,
     images: Annotated[
-        list[Path], typer.Argument(help="Images, or folders that are searched for images.")
+        list[str],
+        typer.Argument(
+            help="Images, or folders that are searched for images. With --ray also addresses such"
+            " as s3://BUCKET/FOLDER, and lists in a .txt, one image a line."
+        ),
     ],
     output: Annotated[
         Path, typer.Option(help="Folder for predictions.csv and the overlays.")
     ] = Path("predictions"),
     threshold: Threshold = 1.0,
     overlay: Annotated[
-        bool, typer.Option("--overlay/--no-overlay", help="Lay the map over each image, as PNG.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--overlay/--no-overlay",
+            help="Lay the map over each image, as PNG; by default with --ray only if asked for.",
+            show_default=False,
+        ),
+    ] = None,
     save_maps: Annotated[
         bool,
         typer.Option(
@@ -464,6 +526,7 @@ def predict(
     max_pixels: MaxPixels = None,
     weights: Weights = None,
     device: Device = "auto",
+    ray: RayAddress = None,
 ) -> None:
     """Score images: a table with a verdict for each, and the anomaly map laid over each.
 
@@ -474,19 +537,48 @@ def predict(
     Table and overlays are written while the images are judged: what is there stays
     after Ctrl-C. An image that cannot be read is in the table with the reason, and
     the exit code is then 3. What an earlier `predict` wrote to the folder is
-    replaced.
+    replaced. With --ray the folder is filled part by part, each with a table as CSV and as
+    Parquet, and the same command goes on where an earlier one ended.
     """
     from simplenet_lib.dataset import has_pages
     from simplenet_lib.localization import check_threshold, results
     from simplenet_lib.outputs import TABLE, PredictionFolder, check_folder
 
     check_threshold(threshold)
+    if ray is not None:
+        from simplenet_lib.cluster import score
+
+        kinds = {"overlays": bool(overlay), "maps": save_maps, "records": as_json}
+        try:
+            counts = score(
+                model,
+                images,
+                output,
+                ray,
+                threshold,
+                kinds,
+                weights=weights,
+                device=device,
+                say=lambda sentence: print(sentence, flush=True),
+            )
+        except KeyboardInterrupt:
+            print("simplenet: stopped. Run the same command to go on from there.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        _print_verdicts(counts["anomalous"], counts["unfamiliar"], counts["judged"], threshold)
+        if counts["damaged"]:
+            print(f"{counts['damaged']} cannot be read, the column `error` says why.")
+        print(output)
+        if counts["damaged"]:
+            raise typer.Exit(3)
+        return
     check_folder(output)
-    found = _find_images(images, output)
+    found = _find_images([*map(Path, images)], output)
     net = _load(model, weights, device)
     anomalous = unfamiliar = 0
     damaged: list[Path] = []
-    folder = PredictionFolder(output, found, overlays=overlay, maps=save_maps, records=as_json)
+    folder = PredictionFolder(
+        output, found, overlays=overlay is not False, maps=save_maps, records=as_json
+    )
     try:
         names = [str(path) for path in found]
         judging = results(net, [*found], names, threshold=threshold, progress=True)
@@ -504,14 +596,9 @@ def predict(
         print(f"simplenet: stopped.{kept}", file=sys.stderr)
         raise typer.Exit(130) from None
     count = len(found) - len(damaged)
-    print(f"{anomalous} of {count} images are anomalous (score above {threshold:g}).")
+    _print_verdicts(anomalous, unfamiliar, count, threshold)
     if several := sum(map(has_pages, set(found).difference(damaged))):
         print(f"{several} of them have several pages or frames: the first of each is what counts.")
-    if 2 * unfamiliar > count:
-        print(
-            f"{unfamiliar} of them look unlike the training photos as a whole (other light, focus,"
-            " camera or product?): do not trust these verdicts. See chapter 12."
-        )
     if damaged:
         some = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         print(f"{len(damaged)} cannot be read, the column `error` says why: {some}")
@@ -673,6 +760,19 @@ def _changed(config: Config, changes: list[str]) -> Config:
     return Config.from_json(json.dumps(values))
 
 
+def _variants(config: Config, changes: list[str]) -> list[Config]:
+    """Every combination of the values of ``--set NAME=VALUE,VALUE``."""
+    options: dict[str, list[str]] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if name == "seed":
+            raise SimpleNetError(f"--set {change}: seeds are named with --seeds.")
+        # The commas of layers are its own: of these one choice a time.
+        values = [text] if name == "layers" else text.split(",")
+        options.setdefault(name, []).extend(f"{name}{equals}{value}" for value in values)
+    return [_changed(config, [*some]) for some in product(*options.values())]
+
+
 def _find_images(paths: list[Path], output: Path) -> dict[Path, Path]:
     """Every image to predict, and the name of its overlay; an earlier output is left out."""
     from simplenet_lib.dataset import image_files, passed_over
@@ -738,8 +838,13 @@ def _print_promise(count: int, false_alarms: float, asked: bool, how: str) -> No
         print(f"That is more than the {false_alarms:.2%} asked for: for these, {needed}.")
 
 
-def _as_json(report: dict[str, Any]) -> bytes:
-    return (json.dumps(report, indent=2) + "\n").encode()
+def _print_verdicts(anomalous: int, unfamiliar: int, count: int, threshold: float) -> None:
+    print(f"{anomalous} of {count} images are anomalous (score above {threshold:g}).")
+    if 2 * unfamiliar > count:
+        print(
+            f"{unfamiliar} of them look unlike the training photos as a whole (other light, focus,"
+            " camera or product?): do not trust these verdicts. See chapter 12."
+        )
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -1153,6 +1153,8 @@ class AnomalyDataset(ImageFiles):
         ``"train"`` holds normal images only.
     transform, white
         See :class:`ImageFiles`.
+    found : Found, optional
+        What the category's folder holds, as the other split has found it.
 
     Attributes
     ----------
@@ -1183,9 +1185,10 @@ class AnomalyDataset(ImageFiles):
         split: Literal["train", "test"],
         transform: Transform,
         white: float = 0,
+        found: Found | None = None,
     ) -> None:
         folder = _category_folder(root, category)
-        self.found = find_samples(folder)
+        self.found = find_samples(folder) if found is None else found
         misfits: list[str] = []
         samples = self.found.train
         if split == "train" and not samples:

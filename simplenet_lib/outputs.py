@@ -76,7 +76,7 @@ class PredictionFolder:
     ----------
     folder : Path
         It may exist, be a link or a mount; see :func:`check_folder`.
-    images : mapping of Path to Path
+    images : mapping of Path or str to Path
         Every image, and the name that its overlay and map would like to have.
     overlays, maps, records : bool
         What to write beside the table: the overlays (PNG), the maps (``.npy``, float32, of
@@ -99,7 +99,7 @@ class PredictionFolder:
     def __init__(
         self,
         folder: Path,
-        images: Mapping[Path, Path],
+        images: Mapping[Path, Path] | Mapping[str, Path],
         *,
         overlays: bool = True,
         maps: bool = False,
@@ -151,8 +151,8 @@ class PredictionFolder:
         if self.records:
             self._json.close()
 
-    def write(self, image: Path, found: Result | SimpleNetError) -> None:
-        """Add what the model says of an image, or why it could not be read."""
+    def write(self, image: Path | str, found: Result | SimpleNetError) -> dict[str, Any]:
+        """Add what the model says of an image, or why it could not be read; returns the record."""
         row: dict[str, Any] = dict.fromkeys(("image", "size", *COLUMNS[1:]))
         row["image"] = str(image)
         made: list[Path] = []
@@ -180,6 +180,7 @@ class PredictionFolder:
                 raise self._failed(error) from error
             raise
         self.written += 1
+        return row
 
     def _failed(self, error: OSError) -> SimpleNetError:
         kept = f" What is known of {self.written} images is kept." if self.written else ""
@@ -232,7 +233,7 @@ class PredictionFolder:
         return name.as_posix()
 
     def _add(self, row: dict[str, Any]) -> None:
-        cells = {**row, "image": cell_of(Path(row["image"]))}
+        cells = {**row, "image": cell_of(row["image"])}
         if row["score"] is not None:
             cells["score"] = f"{row['score']:.6g}"
             cells["unfamiliar"] = ", ".join(row["unfamiliar"])
@@ -342,7 +343,7 @@ def write_evaluation(
     return sorted(wrong, key=lambda prediction: -abs(prediction.score - threshold))
 
 
-def cell_of(path: Path) -> str:
+def cell_of(path: Path | str) -> str:
     """The path as a table holds it: still the same path, and never a spreadsheet's formula.
 
     A spreadsheet computes a cell that starts with ``=``, ``+``, ``-`` or ``@``. So a relative
@@ -358,7 +359,9 @@ def cell_of(path: Path) -> str:
     return text if harmless else f"./{text}"
 
 
-def unique_names(images: Mapping[Path, Path], folder: Path) -> dict[Path, Path]:
+def unique_names(
+    images: Mapping[Path, Path] | Mapping[str, Path], folder: Path
+) -> dict[Path | str, Path]:
     """A name for what is written of each image that is no other's, on any disk.
 
     Disks of Windows and macOS take ``a`` and ``A``, or two ways to write ``é``, for one; and
@@ -375,7 +378,7 @@ def unique_names(images: Mapping[Path, Path], folder: Path) -> dict[Path, Path]:
         return unicodedata.normalize("NFC", name.as_posix()).casefold()
 
     taken = {seen_by_any_disk(parent) for name in images.values() for parent in name.parents}
-    result = {}
+    result: dict[Path | str, Path] = {}
     for image, name in images.items():
         stem = name.stem
         while len(os.fsencode(stem)) > 200:  # with a number behind it a name may become too long

@@ -361,7 +361,7 @@ def test_every_page_is_built(pages: dict[Path, Page]) -> None:
     names = {path.stem for path in pages}
     assert {path.stem for path in NOTEBOOKS} <= names
     references = {"notation", "glossary", "original", "promises", "versions", "references"}
-    references |= {"api", "benchmarks", "teaching", "errata"}
+    references |= {"api", "benchmarks", "cluster", "teaching", "errata"}
     assert {"intro", *references} <= names
 
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageFile
 from torchvision.models import resnet18
 from typer.testing import CliRunner
 
-from simplenet_lib import cli, outputs, training
+from simplenet_lib import cli, dataset, outputs, training
 from simplenet_lib.cli import app
 from simplenet_lib.config import PRESETS, preset
 from simplenet_lib.dataset import AnomalyDataset, make_transform
@@ -401,6 +401,63 @@ def test_benchmark_goes_on_after_an_interruption(
     assert [p.name for p in Path("results").iterdir()] == ["cloth-fast-0.json"]
 
 
+@pytest.mark.usefixtures("small_preset")
+def test_benchmark_tries_every_combination_under_names_of_their_own(data: Path) -> None:
+    simplenet("benchmark", "--data", data, "--seeds", "0")
+    grid = ["--set", "sigma=0.25,0.5", "--set", "steps=3,4", "--set", "layers=layer2"]
+    said = simplenet("benchmark", "--data", data, "--seeds", "0,0", *grid)
+    # What equals the preset is the run that is there.
+    assert "1 of 3: " in said and "cloth-fast-0\n" not in said
+    found = {path.name: json.loads(path.read_text()) for path in Path("results").iterdir()}
+    changes = {name: run.get("changes", {}) for name, run in found.items()}
+    assert changes == {
+        "cloth-fast-0.json": {},
+        "cloth-fast-sigma=0.5-0.json": {"sigma": 0.5},
+        "cloth-fast-steps=4-0.json": {"steps": 4},
+        "cloth-fast-sigma=0.5,steps=4-0.json": {"sigma": 0.5, "steps": 4},
+    }
+    for run in found.values():
+        expected = {"sigma": 0.25, "steps": 3} | run.get("changes", {})
+        assert expected.items() <= run["config"].items() and run["steps"] == expected["steps"]
+    # The table alone: a row a combination, and nothing else.
+    printed = simplenet("benchmark", "--table")
+    assert said.endswith(printed)
+    assert [line.split(" | ")[1] for line in printed.splitlines()[2:]] == [
+        "`fast`",
+        "`fast`, sigma=0.5,steps=4",
+        "`fast`, sigma=0.5",
+        "`fast`, steps=4",
+    ]
+
+
+@pytest.mark.usefixtures("small_preset")
+def test_benchmark_reads_every_file_once_and_goes_on_without_damaged_ones(
+    data: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = data / "cloth/test/hole/000.png"
+    damaged.write_bytes(damaged.read_bytes()[:99])
+    sentence = refused("benchmark", "--data", data, "--seeds", "0")
+    assert str(damaged) in sentence and "--skip-damaged" in sentence
+    counted: list[int] = []
+    walked: list[Path] = []
+    count, walk = dataset.check, dataset.find_samples
+
+    def counting(samples: Any, *args: Any, **kwargs: Any) -> Any:
+        counted.append(len(samples))
+        return count(samples, *args, **kwargs)
+
+    def walking(folder: Path) -> Any:
+        walked.append(folder)
+        return walk(folder)
+
+    monkeypatch.setattr("simplenet_lib.benchmark.check", counting)
+    monkeypatch.setattr("simplenet_lib.dataset.find_samples", walking)
+    said = simplenet("benchmark", "--data", data, "--seeds", "0,1", "--skip-damaged")
+    assert "1 damaged files are left out" in said
+    assert counted == [15] and walked == [data / "cloth"]
+    assert "hole" not in json.loads(Path("results/cloth-fast-1.json").read_text())["scores"]
+
+
 @pytest.mark.usefixtures("small_preset", "no_training")
 def test_benchmark_refuses_before_it_trains(data: Path, refused: Callable[..., str]) -> None:
     def benchmark(*arguments: object, root: object = data) -> str:
@@ -411,6 +468,11 @@ def test_benchmark_refuses_before_it_trains(data: Path, refused: Callable[..., s
     assert "empty: holds no category. What can be read" in benchmark(root="empty")
     assert "no category 'bolt'. Found: cloth" in benchmark("--categories", "cloth,bolt")
     assert "--seeds one: expected numbers" in benchmark("--seeds", "one")
+    assert "--set seed=1: seeds are named with --seeds" in benchmark("--set", "seed=1")
+    assert "--set sigma: expected NAME=VALUE" in benchmark("--set", "sigma")
+    assert "sigma is -1, outside 0" in benchmark("--set", "sigma=0.25,-1")
+    assert "name the folder of categories: --data" in refused("benchmark")
+    assert "results: holds no runs" in refused("benchmark", "--table")
     assert "unknown preset 'slow'" in benchmark("--preset", "slow")
     Path("results").mkdir()
     other = Path("results/cloth-fast-0.json")
