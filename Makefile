@@ -40,6 +40,7 @@ $(PAGES): package.json package-lock.json $(READY)
 # --all: Sphinx shows the warnings of a page only when it reads that page anew.
 book: $(NOTEBOOKS:notebooks/%=_build/run/%) $(PAGES) ## run the notebooks and render the book into _build/html
 	$(BIN)/jupyter-book build --all --warningiserror --keep-going .
+	$(BIN)/python live/build.py _build/html
 	$(MAKE) epub pdf
 
 pdf: _build/html/intro.html ## print the rendered book as one PDF
