@@ -130,15 +130,17 @@ def pretrained():  # type: ignore[no-untyped-def]  # its type would import torch
 
 
 @pytest.fixture(scope="session")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the book's pages, built anew with warnings as errors."""
+def book(tmp_path_factory: pytest.TempPathFactory, pretrained: object) -> Path:
+    """The folder of the book's pages, built anew with warnings as errors, as `make book` does."""
     root = Path(__file__).parent.parent
     if not (root / "node_modules" / "mathjax").is_dir():
         message = "node_modules is missing: `make test` installs it, or `npm ci`"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     output = tmp_path_factory.mktemp("book")
-    command = [str(Path(sys.executable).parent / "jupyter-book"), "build", "--warningiserror"]
-    command += ["--quiet", "--path-output", str(output), str(root)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return output / "_build" / "html"
+    pages = output / "_build" / "html"
+    render = [str(Path(sys.executable).parent / "jupyter-book"), "build", "--warningiserror"]
+    render += ["--quiet", "--path-output", str(output), str(root)]
+    for command in (render, [sys.executable, str(root / "live" / "build.py"), str(pages)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return pages
