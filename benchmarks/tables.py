@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from simplenet_lib.benchmark import PAPER, mean_and_deviation, measured_runs, table, with_both
@@ -121,14 +122,14 @@ def tiles() -> str:
     """Small spots on large sheets: the whole sheet at once, and tiles."""
     found = measured("tiles")
     lines = [
-        "| looks at | image AUROC | highest score on the spot | one sheet, s |",
+        "| looks at | image AUROC | from highest score to spot, px | one sheet, s |",
         "|---|---|---|---|",
     ]
     for way in found["ways"]:
         name = f"tiles of {way['tile']} px" if way["tile"] else f"the sheet in {way['seen'][0]} px"
-        on_it = f"{way['highest_on_the_spot']} of {len(way['scores']['spot'])}"
+        away = ", ".join(map(str, sorted(way["from_highest_to_spot"])))
         auroc, seconds = 100 * way["image_auroc"], way["seconds_an_image"]
-        lines.append(f"| {name} | {auroc:.1f} | {on_it} | {seconds:.0f} |")
+        lines.append(f"| {name} | {auroc:.1f} | {away} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -139,11 +140,36 @@ def measured(name: str) -> dict[str, Any]:
 
 
 #: For each page its tables.
+def left_out() -> str:
+    """For each data set the variant that is best on the four others, and what it is worth there."""
+    runs = measured_runs("ablation")
+    aurocs: dict[str, dict[str, float]] = {}
+    for run in runs:
+        if "changes" in run:
+            aurocs.setdefault(run["variant"], {})[run["category"]] = 100 * run["image_auroc"]
+    lines = [
+        "| left out | best on the four others | there | on the one left out | `fast` there |",
+        "|---|---|---|---|---|",
+    ]
+    for category in CATEGORIES:
+        means = {
+            name: mean(found[other] for other in CATEGORIES if other != category)
+            for name, found in aurocs.items()
+        }
+        best = max(means, key=lambda name: means[name])
+        cells = [category, best.replace("unchanged", "`fast`")]
+        cells += [f"{means[best]:.2f} (`fast` {means['unchanged']:.2f})"]
+        cells += [f"{aurocs[name][category]:.1f}" for name in (best, "unchanged")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": {"expectations": expectations},
     "benchmarks.md": {
         "presets": presets,
         "ablation": ablation,
+        "left out": left_out,
         "tiles": tiles,
         "speed": speed,
         "peers": peers,

@@ -69,7 +69,12 @@ def measure(root: Path, tile: int) -> dict[str, object]:
     start = time.perf_counter()
     predictions = list(predict(trained.model, test))
     seconds = (time.perf_counter() - start) / len(test)
-    hits = [p.mask[np.unravel_index(p.map.argmax(), p.map.shape)] for p in predictions]
+    away = []
+    for p in predictions:
+        if p.sample.label:
+            peak = np.unravel_index(p.map.argmax(), p.map.shape)
+            pixels = np.argwhere(p.mask) - peak
+            away.append(round(float(np.hypot(*pixels.T).min()) * SIDE / p.map.shape[0]))
     defects = [bool(p.sample.label) for p in predictions]
     return {
         "tile": tile,
@@ -79,7 +84,7 @@ def measure(root: Path, tile: int) -> dict[str, object]:
             for kind in ("good", "spot")
         },
         "image_auroc": roc_auc_score(defects, [p.score for p in predictions]),
-        "highest_on_the_spot": sum(bool(hit) for hit in hits),
+        "from_highest_to_spot": away,  # pixels of the sheet
         "seconds_features": round(trained.seconds_features, 1),
         "seconds_training": round(trained.seconds_training, 1),
         "seconds_an_image": round(seconds, 1),
