@@ -40,7 +40,7 @@ figures.Panel = class {
     this.caption.textContent = caption;
     this.canvas.ariaLabel = describe;
     this.draw = () => {
-      const width = this.root.clientWidth;
+      const width = this.canvas.clientWidth;
       if (!width) return;
       const ratio = devicePixelRatio;
       const tall = typeof height === "function" ? height(width) : height;

@@ -1,7 +1,7 @@
 // The discriminator of the chapter, trained while you look: σ and width against its boundary.
 (window.figures ??= {}).boundary = (panel) => {
   const STEPS = 500;
-  const POINTS = 64; // drawn anew at every step; the chapter draws 256
+  const POINTS = 256; // drawn anew at every step, as in the chapter
   const REACH = 5.5; // of the plane on either side
   const GRID = 72;
   const SIGMAS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2];
@@ -83,7 +83,7 @@
       const row = GRID - Math.floor(i / (GRID + 1)); // the plane's y points up
       const at = 4 * (row * (GRID + 1) + (i % (GRID + 1)));
       pixels.data.set(value > 0 ? normal : defect, at);
-      pixels.data[at + 3] = 190 * Math.min(1, Math.abs(value)) ** 0.7;
+      pixels.data[at + 3] = 150 * Math.min(1, Math.abs(value)) ** 0.7;
     });
     field.getContext("2d").putImageData(pixels, 0, 0);
     c.drawImage(field, box.left, box.top, side, side);
@@ -159,8 +159,8 @@
   panel.start({
     caption:
       "A discriminator is trained in your browser at every change: 500 steps of the chapter's loss. " +
-      "Dots are normal, squares noisy; on the dark line (light in the dark theme) the score is zero. " +
-      "The picture above is for paper.",
+      "Dots are normal, squares noisy. On the thick line the score is zero. The picture above stays " +
+      "for paper.",
     describe: "The plane with points on a ring, noisy points and the learned boundary; the sentence below has the numbers.",
     height: 380,
     draw,

@@ -37,7 +37,7 @@
     const spread = Math.sqrt(unit.reduce((sum, length) => sum + (s() * length - mean) ** 2, 0) / COUNT);
     const words = [
       `σ√A = ${number(s() * Math.sqrt(A()))}. The ${COUNT.toLocaleString("en")} lengths drawn are ` +
-        `${number(mean)} ± ${number(spread)}, a spread of ${figures.percent(spread / mean)}.`,
+        `${number(mean)} ± ${number(spread, 2)}, a spread of ${figures.percent(spread / mean)}.`,
     ];
     if (A() === 512) {
       const nearer = normalCdf((-512 * s()) / (2 * STEP));
@@ -70,9 +70,11 @@
       c.fillRect(left, at.y(count), at.x(((bin + 1) / BINS) * to) - left, at.y(0) - at.y(count));
     });
 
-    const marks = [[s() * Math.sqrt(A()), "σ√A", "defect", 0]];
-    if (A() === 512) marks.push([STEP, "step between normal vectors", "normal", 18]);
-    for (const [value, name, colour, down] of marks) {
+    const length = s() * Math.sqrt(A());
+    const marks = [[length, "σ√A", "defect"]];
+    if (A() === 512) marks.push([STEP, "step between normal vectors", "normal"]);
+    marks.sort(([a], [b]) => a - b);
+    for (const [i, [value, name, colour]] of marks.entries()) {
       c.strokeStyle = panel.colour(colour);
       c.lineWidth = 2;
       c.setLineDash(colour === "normal" ? [] : [5, 4]);
@@ -81,18 +83,22 @@
       c.lineTo(at.x(value), box.top + 2);
       c.stroke();
       c.setLineDash([]);
-      const room = at.x(value) + c.measureText(name).width + 8 < box.left + box.width;
+      const wide = c.measureText(name).width + 8;
+      // The left of two marks has its name on its left, if there is room.
+      const room = marks.length === 2 && i === 0
+        ? at.x(value) - wide < box.left
+        : at.x(value) + wide < box.left + box.width;
       c.textAlign = room ? "left" : "right";
       c.textBaseline = "top";
       c.fillStyle = panel.colour("text");
-      c.fillText(name, at.x(value) + (room ? 6 : -6), box.top + 5 + down);
+      c.fillText(name, at.x(value) + (room ? 6 : -6), box.top + 5 + 18 * i);
     }
   }
 
   panel.start({
     caption:
       "Choose σ and the number of channels. With more channels the lengths grow, and their spread " +
-      "stays the same: beside the length it vanishes. The picture above is for paper.",
+      "stays the same: beside the length it vanishes. The picture above stays for paper.",
     describe: "Histogram of lengths of noise; the sentence below has its numbers.",
     height: 240,
     draw,
@@ -100,9 +106,8 @@
   sample();
   answer();
 
-  /** Three significant digits. */
-  function number(value) {
-    return String(+value.toPrecision(3));
+  function number(value, digits = 3) {
+    return String(+value.toPrecision(digits));
   }
 
   /** Marsaglia and Tsang (2000), for any shape. */

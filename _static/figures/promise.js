@@ -8,7 +8,7 @@
     panel.draw();
   };
   const n = panel.slider("Held-out photos n", { min: 1, max: 200, value: 60, change });
-  const k = panel.slider("Threshold: the k-th highest", { min: 1, max: 60, value: 3, change });
+  const k = panel.slider("Rank k of the threshold", { min: 1, max: 60, value: 3, change });
 
   function answer() {
     const [a, b] = [k.value, n.value + 1 - k.value];
@@ -67,8 +67,8 @@
 
   panel.start({
     caption:
-      "Choose how many photos set the threshold, and how many of them may lie on or above it. " +
-      "Dark: the middle 90%. The picture above is for paper.",
+      "Choose how many photos set the threshold, and which of their scores it is: the k-th highest. " +
+      "Dark: the middle 90%. The picture above stays for paper.",
     describe: "Distribution of the false alarm rate; the sentence below has its numbers.",
     height: 240,
     draw,

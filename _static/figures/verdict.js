@@ -12,7 +12,7 @@
     8.378, 8.3994, 8.553, 9.0879, 9.1117, 9.2489, 9.2596, 9.8877, 9.9551, 10.2556, 10.4738, 11.3607,
     12.2831, 13.3965, 14.5006, 21.5255,
   ];
-  Object.assign(panel, { NORMAL, DEFECT });
+  figures.SCORES = { normal: NORMAL, defect: DEFECT };
   const RATES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5];
   // Low scores are close together, so the slider and the axis are logarithmic in the score + 1.5.
   const place = (score) => Math.log(score + 1.5);
@@ -161,7 +161,7 @@
   panel.start({
     caption:
       "Drag the line, or move the slider: what lies to its right is called anomalous. The scores are " +
-      "those of one head in the scoreboard. The picture above is for paper.",
+      "those of one head in the scoreboard. The picture above stays for paper.",
     describe: "Scores of 60 images with a threshold, and the ROC curve; sentence and table below have the numbers.",
     height: (width) => (width > 560 ? 270 : 440),
     draw,
