@@ -68,10 +68,12 @@ def mend_players(app: Sphinx, doctree: nodes.document) -> None:
 def mend_page(
     app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
-    """Leave out thebe's scripts, which nothing here uses, and attributes that mislead readers."""
-    for kind in ("script_files", "css_files"):
-        context[kind] = [file for file in context[kind] if "thebe" not in str(vars(file)).lower()]
+    """Leave out scripts and styles that nothing uses, and attributes that mislead readers."""
     body = context.get("body", "")
+    # Nothing uses thebe; the figures that answer stand below pictures.
+    unused = "thebe" if 'id="fig-' in body else "thebe|figures"
+    for kind in ("script_files", "css_files"):
+        context[kind] = [f for f in context[kind] if not re.search(unused, str(vars(f)).lower())]
     for attribute in MISLEADING:
         body = body.replace(attribute, "")
     # Sphinx writes a signature of several lines as a list of definitions without terms.

@@ -49,12 +49,12 @@ try {
   report.promise = [];
   for (const [label, keys] of [
     ["Held-out photos n", []], ["Held-out photos n", times(21, "ArrowRight")],
-    ["Rank k of the threshold", ["End"]], ["Held-out photos n", ["Home"]], ["Held-out photos n", times(5, "ArrowRight")],
-    ["Held-out photos n", ["End"]], ["Rank k of the threshold", times(3, "ArrowRight")],
+    ["Threshold’s rank k", ["End"]], ["Held-out photos n", ["Home"]], ["Held-out photos n", times(5, "ArrowRight")],
+    ["Held-out photos n", ["End"]], ["Threshold’s rank k", times(3, "ArrowRight")],
   ]) {
     await press("promise", label, ...keys);
     report.promise.push({
-      n: await shown("promise", "Held-out photos n"), k: await shown("promise", "Rank k of the threshold"),
+      n: await shown("promise", "Held-out photos n"), k: await shown("promise", "Threshold’s rank k"),
       text: await said("promise"),
     });
   }

@@ -17,10 +17,14 @@ import torch
 from pydata_sphinx_theme import __file__ as theme
 from scipy.stats import beta, norm
 from sklearn.metrics import confusion_matrix, precision_score, roc_curve
+from sphinx.builders.html._assets import _JavaScript
 
 from simplenet_lib.benchmark import scoreboard
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "_ext"))
+import offline  # noqa: E402
+
 STATIC = ROOT / "_static"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 NODE = shutil.which("node", path=PATH)
@@ -55,6 +59,16 @@ def page(*pictures: str) -> str:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'{"".join(head)}<body><main class="bd-article"><h1>Page</h1>{"".join(body)}</main></html>'
     )
+
+
+def test_load_where_pictures_are() -> None:
+    names = ("figures.js", "figures/noise.js", "book.js")
+    left = {}
+    for body in ("<p>Text</p>", '<figure id="fig-noise-length"></figure>'):
+        context = {"body": body, "css_files": [], "script_files": [_JavaScript(n) for n in names]}
+        offline.mend_page(None, "page", "page.html", context, None)
+        left[body] = [file.filename for file in context["script_files"]]
+    assert [*left.values()] == [["book.js"], [*names]]
 
 
 BETA = [
@@ -167,7 +181,7 @@ def test_verdicts_are_scikit_learn_s(report: dict[str, Any]) -> None:
         if fp < 20:
             most = beta.ppf(0.975, fp + 1, 20 - fp)
             there = rate * tp / 40 / (rate * tp / 40 + (1 - rate) * most)
-            says(one["text"], "at most #. There precision is #\\.", most, there)
+            says(one["text"], "as high as #; then precision is #\\.", most, there)
 
 
 def test_threshold_follows_keys_mouse_and_finger(report: dict[str, Any]) -> None:

@@ -162,7 +162,7 @@
       "Dots are normal, squares noisy. On the thick line the score is zero. The picture above stays " +
       "for paper.",
     describe: "The plane with points on a ring, noisy points and the learned boundary; the sentence below has the numbers.",
-    height: 380,
+    height: (wide) => Math.min(wide - 56, 320) + 72,
     draw,
   });
   // Train when it comes into view, and not before.

@@ -8,7 +8,7 @@
     panel.draw();
   };
   const n = panel.slider("Held-out photos n", { min: 1, max: 200, value: 60, change });
-  const k = panel.slider("Rank k of the threshold", { min: 1, max: 60, value: 3, change });
+  const k = panel.slider("Threshold’s rank k", { min: 1, max: 60, value: 3, change });
 
   function answer() {
     const [a, b] = [k.value, n.value + 1 - k.value];

@@ -60,8 +60,8 @@
       const most = alarms < NORMAL.length ? figures.betaQuantile(0.975, alarms + 1, NORMAL.length - alarms) : 1;
       if (most < 1)
         words.push(
-          `But 20 normal images do not say more than: the false positive rate is at most ` +
-            `${percent(most)}. There precision is ${percent(precision(most))}.`,
+          `With only 20 normal images the true rate of false positives may be as high as ` +
+            `${percent(most)}; then precision is ${percent(precision(most))}.`,
         );
     }
     panel.text.textContent = words.join(" ");
