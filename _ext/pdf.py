@@ -105,7 +105,9 @@ def whole_book(html: Path) -> str:
     config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
     known = {f"{document}.html": name(document) for document in documents()}
     articles = [article(html, document, known) for document in documents()]
-    book = BeautifulSoup((html / f"{documents()[1]}.html").read_text("utf-8"), "html.parser")
+    # A page with formulas, one folder down: a page without any loads no MathJax.
+    chapter = next(document for document in documents() if document.startswith("notebooks/"))
+    book = BeautifulSoup((html / f"{chapter}.html").read_text("utf-8"), "html.parser")
     styles = [link["href"] for link in book.select("link[rel=stylesheet]")]
     scripts = [s for s in book.select("script") if "MathJax" in s.text]
     mathjax = [s for s in book.select("script[src*=mathjax]")]

@@ -91,7 +91,7 @@ class PredictionFolder:
     --------
     >>> photo = data / "nut" / "test" / "dent" / "000.png"
     >>> with PredictionFolder(folder, {photo: Path("dent.png")}, overlays=False) as output:
-    ...     output.write(photo, model.predict(photo))
+    ...     row = output.write(photo, model.predict(photo))
     >>> (folder / "predictions.csv").read_text("utf-8-sig").splitlines()[0]
     'image,score,verdict,unfamiliar,regions,overlay,map,error'
     """

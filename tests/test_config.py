@@ -21,7 +21,7 @@ WRONG_TYPES = {
     "tuple[str, ...]": ["layer2", ["layer2"], None, 2, (), (2,), ("layer2", None)],
 }
 WRONG_VALUES = {
-    "resize": [0, 31, -320, 4097],
+    "resize": [0, 31, -320, 8193],
     "crop": [0, 31, -1, 321],  # larger than the resized image of `fast`
     "ratio": [-0.1, 10.1],
     "neighbourhood": [0, 2, 4, -1, 17],
@@ -38,6 +38,7 @@ WRONG_VALUES = {
     "averaging": [-0.1, 1, 0.99995],
     "smoothing": [-1, 101],
     "white": [-1, 2**32 + 1],
+    "tile": [-1, 100, 8193],
     "false_alarms": [-0.1, 0.6],
     "seed": [-1, 2**31],
 }
