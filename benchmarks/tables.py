@@ -139,7 +139,6 @@ def measured(name: str) -> dict[str, Any]:
     return found
 
 
-#: For each page its tables.
 def left_out() -> str:
     """For each data set the variant that is best on the four others, and what it is worth there."""
     runs = measured_runs("ablation")
@@ -164,6 +163,7 @@ def left_out() -> str:
     return "\n".join(lines)
 
 
+#: For each page its tables.
 TABLES = {
     "README.md": {"expectations": expectations},
     "benchmarks.md": {

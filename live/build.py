@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from simplenet_lib.config import Config, preset
 from simplenet_lib.dataset import AnomalyDataset, make_transform
-from simplenet_lib.export import OPSET
+from simplenet_lib.export import onnx_graph
 from simplenet_lib.features import FrozenFeatures, cache_folder
 from simplenet_lib.loss import cross_entropy_loss
 from simplenet_lib.model import CHECKPOINT_FORMAT, Head, SimpleNet, write_whole
@@ -227,21 +226,8 @@ def export(
     outputs: list[str],
     shapes: tuple[Any, ...] | None = None,
 ) -> onnx.ModelProto:
-    """A module as an ONNX graph, checked."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter warns of its own internals
-        program = torch.onnx.export(
-            module.eval(),
-            example,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-    assert program is not None
-    proto = program.model_proto
+    """A module as an ONNX graph, checked, without notes on its source."""
+    proto: onnx.ModelProto = onnx_graph(module.eval(), example, inputs, outputs, shapes)
     for node in proto.graph.node:  # where in the source it came from: nothing for a reader
         del node.metadata_props[:]
         node.ClearField("doc_string")

@@ -115,6 +115,7 @@ RayAddress = Annotated[
 ]
 
 SYNTHETIC = Path("data/synthetic")
+GO_ON = " Run the same command to go on from there."
 
 
 def main() -> None:
@@ -370,8 +371,7 @@ def benchmark(
                 print(f"{number} of {len(jobs)}: {job.path.stem}", flush=True)
                 job.run(weights, device)
     except KeyboardInterrupt:
-        print("simplenet: stopped. Run the same command to go on from there.", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _stopped(GO_ON) from None
     if runs := read_runs(output):
         print(table(runs))
     if failed:
@@ -405,9 +405,13 @@ def _run(
             **options,
         )
     except KeyboardInterrupt:
-        kept = " Run the same command to go on from there." if state.is_file() else ""
-        print(f"simplenet: stopped.{kept}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _stopped(GO_ON if state.is_file() else "") from None
+
+
+def _stopped(kept: str) -> typer.Exit:
+    """Say that Ctrl-C ended the command, and what is left of its work; its exit code."""
+    print(f"simplenet: stopped.{kept}", file=sys.stderr)
+    return typer.Exit(130)
 
 
 def _say_of(name: str) -> Callable[[str], None]:
@@ -562,8 +566,7 @@ def predict(
                 say=lambda sentence: print(sentence, flush=True),
             )
         except KeyboardInterrupt:
-            print("simplenet: stopped. Run the same command to go on from there.", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise _stopped(GO_ON) from None
         _print_verdicts(counts["anomalous"], counts["unfamiliar"], counts["judged"], threshold)
         if counts["damaged"]:
             print(f"{counts['damaged']} cannot be read, the column `error` says why.")
@@ -593,8 +596,7 @@ def predict(
                     unfamiliar += bool(result.unfamiliar)
     except KeyboardInterrupt:
         kept = f" {folder.written} of {len(found)} images are in {output / TABLE}."
-        print(f"simplenet: stopped.{kept}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _stopped(kept) from None
     count = len(found) - len(damaged)
     _print_verdicts(anomalous, unfamiliar, count, threshold)
     if several := sum(map(has_pages, set(found).difference(damaged))):
@@ -740,10 +742,7 @@ def _find_data(data: Path | None, category: str | None) -> tuple[Path, str | Non
 def _changed(config: Config, changes: list[str]) -> Config:
     """Apply ``--set NAME=VALUE``; the configuration checks names, types and ranges itself."""
     values: dict[str, Any] = json.loads(config.to_json())
-    if config.crop == config.resize and not any(change.startswith("crop=") for change in changes):
-        changes = changes + [
-            change.replace("resize=", "crop=") for change in changes if change.startswith("resize=")
-        ]  # nothing is cut off
+    changed = set()
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in values or name == "preset":
@@ -757,6 +756,9 @@ def _changed(config: Config, changes: list[str]) -> Config:
                 values[name] = json.loads(text)
             except ValueError:
                 values[name] = text
+        changed.add(name)
+    if config.crop == config.resize and changed & {"resize", "crop"} == {"resize"}:
+        values["crop"] = values["resize"]  # nothing is cut off
     return Config.from_json(json.dumps(values))
 
 
@@ -775,21 +777,20 @@ def _variants(config: Config, changes: list[str]) -> list[Config]:
 
 def _find_images(paths: list[Path], output: Path) -> dict[Path, Path]:
     """Every image to predict, and the name of its overlay; an earlier output is left out."""
-    from simplenet_lib.dataset import image_files, passed_over
+    from simplenet_lib.dataset import but_passed_over, images_outside, passed_over
 
     found: dict[Path, Path] = {}
     passed: Counter[str] = Counter()
     for path in paths:
         if path.is_dir():
-            for image in image_files(path, passed):
-                if not image.resolve().is_relative_to(output.resolve()):
-                    found[image] = image.relative_to(path).with_suffix(".png")
+            for image in images_outside(output, path, passed):
+                found[image] = image.relative_to(path).with_suffix(".png")
         elif path.exists():
             found[path] = Path(path.stem + ".png")
         else:
             raise SimpleNetError(f"{path}: no such image or folder.")
     if not found:
-        but = f", but {passed_over(passed)}" if passed else ""
+        but = but_passed_over(passed)
         raise SimpleNetError(f"{', '.join(map(str, paths))}: no images found{but}.")
     print(f"Found {len(found)} images{'; ' if passed else ''}{passed_over(passed)}.", flush=True)
     return found

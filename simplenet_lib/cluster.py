@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from simplenet_lib.benchmark import Job, Splits
 from simplenet_lib.config import SimpleNetError
-from simplenet_lib.dataset import SUFFIXES, image_files, is_system, passed_over
+from simplenet_lib.dataset import SUFFIXES, but_passed_over, images_outside, is_system
 from simplenet_lib.features import FEATURE_BATCH, cache_folder, cached_features
 from simplenet_lib.localization import Source, results
 from simplenet_lib.model import SimpleNet, check_writable, checkpoint_in
@@ -172,7 +172,7 @@ def sweep(
             if job.category not in splits:
                 splits[job.category] = ray.put(job.splits)
             files = splits[job.category]
-            key = _seen(job)
+            key = (job.category, job.config.backbone, *job.config.decides_features)
             if key not in features:
                 features[key] = cache.remote(files, job.config, **shared)
             bare = replace(job, splits=None)
@@ -180,16 +180,6 @@ def sweep(
         while waiting:
             collect()
     return failed
-
-
-def _seen(job: Job) -> tuple[Any, ...]:
-    """What the features of a run depend on."""
-    config = job.config
-    return (
-        job.category,
-        *(config.backbone, config.layers, config.neighbourhood, config.border),
-        *(config.size, config.seen, config.white, config.tile),
-    )
 
 
 def _features(
@@ -494,9 +484,7 @@ def find_photos(images: Sequence[str], output: Path) -> list[str]:
         if "://" in image:
             found |= dict.fromkeys(_at_address(image))
         elif Path(image).is_dir():
-            here = image_files(Path(image), passed)
-            outside = (one for one in here if not one.resolve().is_relative_to(output.resolve()))
-            found |= dict.fromkeys(map(str, outside))
+            found |= dict.fromkeys(map(str, images_outside(output, Path(image), passed)))
         elif not Path(image).exists():
             raise SimpleNetError(f"{image}: no such image or folder.")
         elif image.lower().endswith(".txt"):
@@ -504,8 +492,7 @@ def find_photos(images: Sequence[str], output: Path) -> list[str]:
         else:
             found[str(Path(image))] = None
     if not found:
-        but = f", but {passed_over(passed)}" if passed else ""
-        raise SimpleNetError(f"{', '.join(images)}: no images found{but}.")
+        raise SimpleNetError(f"{', '.join(images)}: no images found{but_passed_over(passed)}.")
     return [*found]
 
 

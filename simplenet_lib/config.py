@@ -194,6 +194,20 @@ class Config:
         """Height and width in pixels of the centre that the network sees."""
         return _rectangle(self.crop, self.ratio)
 
+    @property
+    def decides_features(self) -> list[Any]:
+        """What the frozen features depend on, apart from the backbone and the images."""
+        return [
+            self.layers,
+            self.neighbourhood,
+            self.border,
+            self.size,
+            self.seen,
+            # Named only where they are asked for: as before there were any.
+            *([self.white] if self.white else []),
+            *([f"tile {self.tile}"] if self.tile else []),
+        ]
+
     def to_json(self) -> str:
         """One line of JSON that :meth:`from_json` turns back into an equal configuration."""
         return json.dumps(asdict(self), sort_keys=True)

@@ -218,6 +218,34 @@ def passed_over(passed: Counter[str]) -> str:
     return f"{count} {'files' if count > 1 else 'file'} passed over ({reasons})"
 
 
+def but_passed_over(passed: Counter[str] | None) -> str:
+    """The same behind a sentence that says what is missing, or nothing.
+
+    Examples
+    --------
+    >>> from collections import Counter
+    >>> f"no images found{but_passed_over(Counter({'.txt': 2}))}."
+    'no images found, but 2 files passed over (2 .txt).'
+    """
+    return f", but {passed_over(passed)}" if passed else ""
+
+
+def images_outside(output: Path, folder: Path, passed: Counter[str]) -> list[Path]:
+    """The images in a folder, see :func:`image_files`, without those of an earlier output in it.
+
+    Examples
+    --------
+    >>> from collections import Counter
+    >>> (folder / "out").mkdir()
+    >>> for name in ("photo.png", "out/photo.png"):
+    ...     (folder / name).touch()
+    >>> [found.name for found in images_outside(folder / "out", folder, Counter())]
+    ['photo.png']
+    """
+    out = output.resolve()
+    return [path for path in image_files(folder, passed) if not path.resolve().is_relative_to(out)]
+
+
 def kind_of(name: str) -> str | None:
     """``"good"`` or ``"bad"`` if a folder's name says so, in any case: OK, Good, not_ok.
 
@@ -282,7 +310,7 @@ def photos(folder: Path, passed: Counter[str] | None = None) -> list[Sample]:
     """
     images = image_files(folder, passed)
     if not images:
-        raise SimpleNetError(f"{folder}: no normal images{_but(passed)}. {LAYOUTS}")
+        raise SimpleNetError(f"{folder}: no normal images{but_passed_over(passed)}. {LAYOUTS}")
     every = {image.with_suffix("") for image in images}
     for image in images:
         names = {part.lower() for part in image.relative_to(folder).parent.parts}
@@ -296,10 +324,6 @@ def photos(folder: Path, passed: Counter[str] | None = None) -> list[Sample]:
                 f" {image.relative_to(folder)}. {hint}"
             )
     return [Sample(image, "good") for image in images]
-
-
-def _but(passed: Counter[str] | None) -> str:
-    return f", but {passed_over(passed)}" if passed else ""
 
 
 @dataclass(frozen=True)
@@ -1046,7 +1070,7 @@ def _levels(sample: Sample) -> tuple[_Levels | None, str]:
             read_mask(sample.mask)
     except SimpleNetError as error:
         return None, str(error)
-    about = _pages(data), _has_deep_colour(data)
+    about = _pages_and_depth(data)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         finite = values[np.isfinite(values)] if image.mode == "F" else values
@@ -1072,22 +1096,22 @@ def has_pages(path: Path) -> bool:
     >>> has_pages(folder / "scan.tiff")
     True
     """
-    return path.suffix.lower() in PAGED and _pages(read_file(path)) > 1
+    return path.suffix.lower() in PAGED and _pages_and_depth(read_file(path))[0] > 1
 
 
-def _pages(data: bytes) -> int:
-    """How many pages or frames there are; 1 if those behind the first are damaged."""
+def _pages_and_depth(data: bytes) -> tuple[int, bool]:
+    """How many pages or frames there are, and whether colours have more than 8 bits.
+
+    One page if those behind the first are damaged. Of deep colours Pillow reads the upper bits.
+    """
+    pages, deep = 1, False
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            return getattr(file, "n_frames", 1)
+            deep = file.mode.startswith("RGB") and ";16" in str(getattr(file, "tile", ""))
+            pages = getattr(file, "n_frames", 1)
     except Exception:  # as in _open; the first page was read
-        return 1
-
-
-def _has_deep_colour(data: bytes) -> bool:
-    """Whether an image holds more than 8 bits a colour: Pillow reads the upper ones."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-        return file.mode.startswith("RGB") and ";16" in str(getattr(file, "tile", ""))
+        pass
+    return pages, deep
 
 
 class ImageFiles(Dataset[Item]):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,53 @@ class Detector(nn.Module):
         return maps, image_score(maps)
 
 
+def onnx_graph(
+    module: nn.Module,
+    example: tuple[Any, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    shapes: Any = None,
+) -> Any:
+    """A module as an ONNX graph of opset 18.
+
+    Parameters
+    ----------
+    module : Module
+        In evaluation mode.
+    example : tuple
+        Arguments of its ``forward``.
+    inputs, outputs : sequence of str
+        Their names in the graph.
+    shapes : optional
+        Which sides may change, see ``dynamic_shapes`` of :func:`torch.onnx.export`.
+
+    Returns
+    -------
+    onnx.ModelProto
+
+    Examples
+    --------
+    >>> graph = onnx_graph(torch.nn.ReLU(), (torch.zeros(2),), ["x"], ["y"]).graph
+    >>> [node.op_type for node in graph.node]
+    ['Relu']
+    """
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        # The exporter warns of its own internals, nothing that a user could mend.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    assert program is not None  # it is, with dynamo
+    return program.model_proto
+
+
 def export_onnx(model: SimpleNet, path: Path) -> None:
     """Write a trained model, its backbone included, as an ONNX file of opset 18.
 
@@ -92,21 +141,8 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
 
     detector = Detector(copy.deepcopy(model).cpu()).eval()
     example = torch.rand(2, 3, *model.config.seen)
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        # The exporter warns of its own internals, nothing that a user could mend.
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            detector,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["pixels"],
-            output_names=["map", "score"],
-            dynamic_shapes={"pixels": {0: torch.export.Dim("N", min=1, max=1024)}},
-            verbose=False,
-        )
-    assert program is not None  # it is, with dynamo
-    proto = program.model_proto
+    any_number = {"pixels": {0: torch.export.Dim("N", min=1, max=1024)}}
+    proto = onnx_graph(detector, (example,), ["pixels"], ["map", "score"], any_number)
     config = model.config
     values = {"size": json.dumps(config.size), "seen": json.dumps(config.seen)}
     values |= {"config": config.to_json()}

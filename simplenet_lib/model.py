@@ -226,21 +226,7 @@ class SimpleNet(nn.Module):
 
     def feature_key(self) -> str:
         """What the frozen features depend on, apart from the images."""
-        config = self.config
-        return json.dumps(
-            [
-                FEATURES_FORMAT,
-                self.weights_digest,
-                config.layers,
-                config.neighbourhood,
-                config.border,
-                config.size,
-                config.seen,
-                # Named only where they are asked for: as before there were any.
-                *([config.white] if config.white else []),
-                *([f"tile {config.tile}"] if config.tile else []),
-            ]
-        )
+        return json.dumps([FEATURES_FORMAT, self.weights_digest, *self.config.decides_features])
 
     @classmethod
     def load(cls, path: Path | str, weights: Path | str | None = None) -> SimpleNet:

@@ -129,6 +129,26 @@ def pretrained():  # type: ignore[no-untyped-def]  # its type would import torch
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Random weights under resnet18's name, a feature cache of our own, and one thread."""
+    import torch  # not for every test
+    from torchvision.models import resnet18
+
+    folder = tmp_path_factory.mktemp("surroundings")
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIMPLENET_WEIGHTS", str(folder))
+        patch.setenv("SIMPLENET_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+        yield folder
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def book(tmp_path_factory: pytest.TempPathFactory, pretrained: object) -> Path:
     """The folder of the book's pages, built anew with warnings as errors, as `make book` does."""

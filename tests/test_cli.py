@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
-from torchvision.models import resnet18
 from typer.testing import CliRunner
 
 from simplenet_lib import cli, dataset, outputs, training
@@ -34,24 +33,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ["backbone=resnet18", "layers=layer2", "resize=64", "crop=64", "steps=3", "batch_size=32"]
 TINY += ["heads=2", "adaptor_channels=8", "hidden_channels=8", "loss=cross-entropy"]
 SET = [part for change in TINY for part in ("--set", change)]
+pytestmark = pytest.mark.usefixtures("surroundings")
 PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "aupro"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Random weights under resnet18's name, and a feature cache of our own."""
-    folder = tmp_path_factory.mktemp("surroundings")
-    torch.manual_seed(0)
-    torch.save(resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIMPLENET_WEIGHTS", str(folder))
-        patch.setenv("SIMPLENET_CACHE", str(folder / "cache"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(ROOT))
-        yield folder
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

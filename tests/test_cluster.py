@@ -17,8 +17,6 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from torchvision.models import resnet18
 from typer.testing import CliRunner
 
 from simplenet_lib import cli, cluster  # before Ray, for which it sets the environment
@@ -36,24 +34,15 @@ def tiny(**changes: Any) -> Config:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(surroundings: Path) -> Iterator[Path]:
     """A folder with data, random weights, and a preset as small as they are."""
-    folder = tmp_path_factory.mktemp("home")
-    torch.manual_seed(0)
-    torch.save(resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
+    folder = surroundings
     size: dict[str, Any] = {"train": 8, "test_good": 2, "test_per_defect": 1, "size": 64}
     generate(folder / "set", categories=["cloth", "nut"], **size)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIMPLENET_WEIGHTS", str(folder))
-        patch.setenv("SIMPLENET_CACHE", str(folder / "cache"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setitem(PRESETS, "fast", tiny())
         patch.chdir(folder)
         yield folder
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
