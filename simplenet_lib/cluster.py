@@ -348,7 +348,8 @@ def _judge_all(
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         places = int(_resources()["GPU" if gpus else "CPU"])
         # Whole batches: then a photo stands in the same batch as in one process.
-        some = math.ceil(len(photos) / (2 * places * FEATURE_BATCH)) * FEATURE_BATCH
+        batch = 2 * FEATURE_BATCH
+        some = math.ceil(len(photos) / (2 * places * batch)) * batch
         size = min(PART, some)
         # Only names go through Ray's memory: an actor reads and decodes its photos itself.
         parts = [

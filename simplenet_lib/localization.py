@@ -67,16 +67,30 @@ def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -
     >>> anomaly_map(torch.zeros(1, 8, 8), (64, 96), smoothing=4.0).shape
     torch.Size([1, 64, 96])
     """
-    maps = F.interpolate(scores[:, None], size, mode="bilinear", align_corners=False)
+    height, width = (size, size) if isinstance(size, int) else size
+    rows = resize_and_smooth(scores.new_ones(scores.shape[1]).diag(), height, smoothing)
+    columns = resize_and_smooth(scores.new_ones(scores.shape[2]).diag(), width, smoothing)
+    return rows.T @ scores @ columns
+
+
+def resize_and_smooth(values: Tensor, length: int, smoothing: float) -> Tensor:
+    """Resize rows (n, w) to ``length`` pixels and smooth them with a Gaussian, (n, length).
+
+    Both are linear, and work along rows and columns one after the other. So what becomes of
+    rows that hold a single 1 says how much each position adds to each pixel.
+
+    Examples
+    --------
+    >>> resize_and_smooth(torch.tensor([[0.0, 1.0]]), 4, smoothing=0)
+    tensor([[0.0000, 0.2500, 0.7500, 1.0000]])
+    """
+    resized = F.interpolate(values[:, None], length, mode="linear", align_corners=False)
     if smoothing > 0:
         radius = math.ceil(3 * smoothing)
-        offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+        offsets = torch.arange(-radius, radius + 1, dtype=values.dtype, device=values.device)
         kernel = torch.exp(-0.5 * (offsets / smoothing).square())
-        kernel = kernel / kernel.sum()
-        # A Gaussian is separable: one pass along the rows, one along the columns.
-        maps = F.conv2d(maps, kernel.view(1, 1, 1, -1), padding=(0, radius))
-        maps = F.conv2d(maps, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-    return maps[:, 0]
+        resized = F.conv1d(resized, (kernel / kernel.sum()).view(1, 1, -1), padding=radius)
+    return resized[:, 0]
 
 
 def image_score(maps: Tensor) -> Tensor:
@@ -346,7 +360,9 @@ class Result:
 
 
 @torch.inference_mode()
-def judge(model: SimpleNet, images: Tensor) -> list[tuple[Map, float, list[str]]]:
+def judge(
+    model: SimpleNet, images: Tensor, layer: tuple[Tensor, Tensor] | None = None
+) -> list[tuple[Map, float, list[str]]]:
     """Anomaly map, image score and what is unfamiliar, of each of N images.
 
     Every prediction of this library comes from here.
@@ -358,6 +374,8 @@ def judge(model: SimpleNet, images: Tensor) -> list[tuple[Map, float, list[str]]
     images : Tensor
         Normalised images, (N, 3, H, W), as :func:`simplenet_lib.dataset.make_transform`
         makes them.
+    layer : (Tensor, Tensor), optional
+        :meth:`SimpleNet.hidden_layer`, worked out once for many images.
 
     Raises
     ------
@@ -376,7 +394,7 @@ def judge(model: SimpleNet, images: Tensor) -> list[tuple[Map, float, list[str]]
 
     def look(images: Tensor) -> tuple[Tensor, Tensor]:
         outputs = model.features.outputs(images)
-        return model.score_maps(outputs).permute(1, 2, 3, 0), describe(images, outputs[0])
+        return model.score_maps(outputs, layer).permute(1, 2, 3, 0), describe(images, outputs[0])
 
     maps_of_heads, description = over_tiles(images, config.tile, look)
     scores = model.committee(maps_of_heads.permute(3, 0, 1, 2))
@@ -412,12 +430,12 @@ def predict(
     ['broken_corner', 'dent', 'fibre', 'good', 'good', 'rust', 'scratch']
     """
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
-        count = at_once(model.config.tile)
+        count, layer = at_once(model.config.tile), model.hidden_layer()
         for batch in batches(ahead(dataset.item, range(len(dataset)), count), count):
             for index, mask, (map_, score, unfamiliar) in zip(
                 batch["index"].tolist(),
                 batch["mask"].numpy(),
-                judge(model, batch["image"]),
+                judge(model, batch["image"], layer),
                 strict=True,
             ):
                 sample = dataset.samples[index]
@@ -484,11 +502,11 @@ def results(
     every, count = range(len(sources)), at_once(config.tile)
     # A single image, as from a camera, needs no thread.
     reading = ahead(read, every, count) if len(sources) > 1 else iter(map(read, every))
-    numbers = iter(every)
+    numbers, layer = iter(every), model.hidden_layer()
     with tqdm(total=len(sources), desc="predict", unit="image", disable=not progress) as bar:
         while some := list(islice(reading, count)):
             images = [one[0] for one in some if not isinstance(one, SimpleNetError)]
-            judged = iter(judge(model, torch.stack(images)) if images else ())
+            judged = iter(judge(model, torch.stack(images), layer) if images else ())
             for one in some:
                 number = next(numbers)
                 if isinstance(one, SimpleNetError):

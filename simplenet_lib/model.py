@@ -154,17 +154,18 @@ class SimpleNet(nn.Module):
         """Score map (N, h, w) of normalised images (N, 3, H, W): high is anomalous."""
         return self.committee(self.score_maps(self.features.outputs(images)))
 
-    def score_maps(self, outputs: list[Tensor]) -> Tensor:
+    def score_maps(
+        self, outputs: list[Tensor], layer: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Every head's score map -D(z), (K, N, h, w), from the layers' outputs.
 
         As ``head(standardise(features.join(outputs)))``, with less arithmetic. Up to the
         activation of the hidden layer everything is linear: standardising, adapting,
         resampling, averaging. So all heads together become one 1x1 convolution of each
-        layer on that layer's own, smaller grid.
+        layer on that layer's own, smaller grid. Its ``layer``, see :meth:`hidden_layer`,
+        can be given where it is at hand.
         """
-        weights, biases = zip(*map(before_activation, self.heads), strict=True)
-        weight = torch.cat(weights) / self.standardise.std
-        bias = torch.cat(biases) - weight @ self.standardise.mean
+        weight, bias = layer or self.hidden_layer()
         parts = torch.split(weight, [output.shape[1] for output in outputs], dim=1)
         zero = torch.zeros_like(bias)
         maps = self.features.on_one_grid(
@@ -175,18 +176,30 @@ class SimpleNet(nn.Module):
         )
         joined = maps[0]
         for other in maps[1:]:
-            joined = joined + other
-        hidden = (
-            around(joined, self.features.neighbourhood)
-            .permute(0, 2, 3, 1)
-            .chunk(len(self.heads), dim=-1)
-        )
-        return torch.stack(
-            [
-                -head.discriminator.score(head.discriminator.activation(values)).squeeze(-1)
-                for head, values in zip(self.heads, hidden, strict=True)
-            ]
-        )
+            joined += other
+        hidden = around(joined, self.features.neighbourhood).permute(0, 2, 3, 1)
+        return self.after_hidden_layer(hidden)
+
+    @torch.no_grad()
+    def hidden_layer(self, heads: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Weight (K H, C) and bias (K H,) of some heads, or all, up to their activation.
+
+        In evaluation mode everything before it is linear, standardising included.
+        """
+        numbers = range(len(self.heads)) if heads is None else heads
+        layers = [before_activation(self.heads[number]) for number in numbers]
+        weights, biases = zip(*layers, strict=True)
+        weight = torch.cat(weights) / self.standardise.std
+        return weight, torch.cat(biases) - weight @ self.standardise.mean
+
+    def after_hidden_layer(self, hidden: Tensor, heads: Sequence[int] | None = None) -> Tensor:
+        """Scores -D(z), (K, ...), of some heads whose hidden layers' values are (..., K H)."""
+        numbers = range(len(self.heads)) if heads is None else heads
+        scores = []
+        for number, values in zip(numbers, hidden.chunk(len(numbers), dim=-1), strict=True):
+            discriminator = self.heads[number].discriminator
+            scores.append(-discriminator.score(discriminator.activation(values)).squeeze(-1))
+        return torch.stack(scores)
 
     def committee(self, maps: Tensor) -> Tensor:
         """Score map (N, h, w) of all heads' maps (K, N, h, w): their mean, each in its units.

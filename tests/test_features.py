@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import nn
+from torch.profiler import profile
 from torchvision import models
 
 from simplenet_lib import dataset as dataset_module
@@ -36,6 +37,7 @@ from simplenet_lib.features import (
     FrozenFeatures,
     Standardise,
     ahead,
+    at_once,
     batches,
     build_backbone,
     cached_features,
@@ -540,8 +542,23 @@ def counted(extractor) -> Counted:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of our own, filled in equal batches on any machine."""
     monkeypatch.setenv("SIMPLENET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "at_once", lambda tile: FEATURE_BATCH)
     return tmp_path / "cache"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_is_large_enough_for_onednn(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with profile() as watched:
+            nn.Conv2d(64, 64, 1)(torch.randn(at_once(0), 64, 24, 24))
+    finally:
+        torch.set_num_threads(before)
+    assert "aten::mkldnn_convolution" in {event.key for event in watched.key_averages()}
 
 
 def write_image(path: Path, seed: int) -> Sample:

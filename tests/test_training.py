@@ -405,7 +405,8 @@ def test_ctrl_c_keeps_the_state_and_the_bits(
     stop_at(step, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         fit_toy(path)
-    assert read_checkpoint(path)[1]["step"] == str(step + 1)  # the running step was finished
+    kept = int(read_checkpoint(path)[1]["step"])
+    assert kept in (step + 1, step + 2)  # the steps under way were finished
     assert [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
@@ -725,7 +726,7 @@ def test_calibration_by_hand(
     # A training photo is scored if some head has not seen it; the highest is the threshold.
     assert np.isfinite(scores).tolist() == (folds >= 0).tolist()
     in_units = (expected["own"] - typical) / (threshold - typical)
-    np.testing.assert_allclose(scores[expected["fresh"]], in_units, atol=1e-2)
+    np.testing.assert_allclose(scores[expected["fresh"]], in_units, rtol=2e-3, atol=1e-2)
     assert np.nanmedian(scores) == pytest.approx(0, abs=1e-5)
     if not false_alarms:
         assert np.nanmax(scores) == pytest.approx(1, abs=1e-5)

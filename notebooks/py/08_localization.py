@@ -43,7 +43,7 @@ if importlib.util.find_spec("simplenet_lib") is None:
 
 # %% tags=["hide-cell"]
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -196,7 +196,9 @@ print(resize_by_hand(toy.numpy(), 4).astype(int))
 # A Gaussian filter replaces each pixel by a weighted mean of its neighbourhood; the weight at distance $k$ is
 # proportional to $\exp(-k^2 / 2σ_M^2)$, up to three $σ_M$. For $σ_M = 1$ that leaves seven weights, 1, then
 # 0.607, 0.135 and 0.011 on either side, in all 2.506: a spike of 1000 becomes 4, 54, 242, 399, 242, 54, 4. In two
-# dimensions the weight is a product, so you may filter along the rows first and along the columns then.
+# dimensions the weight is a product, so you may filter along the rows first and along the columns then. Resizing
+# does the same. And both are linear: `resize_and_smooth` works out what a 1 at one position adds to every pixel of a row, and a
+# map is then two products of matrices.
 #
 # Beyond the border we assume 0: a trained model gives its scores in units in which 0 is what normal images score
 # on average. A defect at the border fades for that. Mirroring the map is more usual; section *A loud border*
@@ -208,16 +210,21 @@ print(resize_by_hand(toy.numpy(), 4).astype(int))
 # %% tags=["library"]
 def anomaly_map(scores: Tensor, size: int | tuple[int, int], smoothing: float) -> Tensor:
     """Upsample a score map (N, h, w) to the image and smooth it (paper, section 3.6)."""
-    maps = F.interpolate(scores[:, None], size, mode="bilinear", align_corners=False)
+    height, width = (size, size) if isinstance(size, int) else size
+    rows = resize_and_smooth(scores.new_ones(scores.shape[1]).diag(), height, smoothing)
+    columns = resize_and_smooth(scores.new_ones(scores.shape[2]).diag(), width, smoothing)
+    return rows.T @ scores @ columns
+
+
+def resize_and_smooth(values: Tensor, length: int, smoothing: float) -> Tensor:
+    """Resize rows (n, w) to ``length`` pixels and smooth them with a Gaussian, (n, length)."""
+    resized = F.interpolate(values[:, None], length, mode="linear", align_corners=False)
     if smoothing > 0:
         radius = math.ceil(3 * smoothing)
-        offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+        offsets = torch.arange(-radius, radius + 1, dtype=values.dtype, device=values.device)
         kernel = torch.exp(-0.5 * (offsets / smoothing).square())
-        kernel = kernel / kernel.sum()
-        # A Gaussian is separable: one pass along the rows, one along the columns.
-        maps = F.conv2d(maps, kernel.view(1, 1, 1, -1), padding=(0, radius))
-        maps = F.conv2d(maps, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-    return maps[:, 0]
+        resized = F.conv1d(resized, (kernel / kernel.sum()).view(1, 1, -1), padding=radius)
+    return resized[:, 0]
 
 
 def image_score(maps: Tensor) -> Tensor:
@@ -562,11 +569,10 @@ masks = [test[index]["mask"].numpy() for index in range(len(test))]
 
 # %% tags=["nbval-ignore-output"]
 @torch.inference_mode()
-def head_maps(model: SimpleNet, features: FeatureMaps, images: Iterable[int]) -> Tensor:
+def head_maps(model: SimpleNet, features: FeatureMaps, images: Sequence[int]) -> Tensor:
     """Score maps (n, K, 32, 32) of all K heads, each after step 1."""
-    heads = range(len(model.heads))
-    maps = torch.stack([training.score_maps(model, features, image, heads) for image in images])
-    return (maps - model.centre[:, None, None]) / model.spread[:, None, None]
+    maps = training.score_maps(model, features, images, range(len(model.heads)))
+    return (maps.transpose(0, 1) - model.centre[:, None, None]) / model.spread[:, None, None]
 
 
 score_maps = head_maps(model, test_features, range(len(test)))[:, 0]

@@ -216,17 +216,23 @@ class Detector(nn.Module):
 
     mean: Tensor
     std: Tensor
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, model: SimpleNet) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+        weight, bias = model.hidden_layer()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Map RGB pixels (N, 3, H, W), 0 to 1, to anomaly maps (N, H, W) and scores (N,)."""
         config = self.model.config
-        scores = self.model((pixels - self.mean) / self.std)
+        outputs = self.model.features.outputs((pixels - self.mean) / self.std)
+        scores = self.model.committee(self.model.score_maps(outputs, (self.weight, self.bias)))
         maps = self.model.in_units(anomaly_map(scores, config.seen, config.smoothing))
         return maps, image_score(maps)
 
