@@ -312,14 +312,14 @@ def fit(
             jobs[:] = under_way[-1]
             coming = next_batch()
             finish(but=1)  # the next one begins before this one ends: no head waits for the others
-            stop = stopped.is_set()
             # After the last step too: what follows the training may fail or be stopped.
-            if stop or (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
+            due = (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps
+            if due or stopped.is_set():
                 finish(but=0)
                 if checkpoint is not None:
                     _keep(checkpoint, heads, optimizers, averages, curves, done, identity or {})
-            if stop:
-                raise KeyboardInterrupt
+                if stopped.is_set():
+                    raise KeyboardInterrupt
     for head, average in zip(heads, averages, strict=True):
         head.eval()
         if config.averaging:
