@@ -258,18 +258,14 @@ class Standardise(nn.Module):
         count = 0
         total = torch.zeros(len(self.mean), dtype=torch.float64)
         squares = torch.zeros_like(total)
-        first = torch.zeros(len(self.mean))
         for features in maps:
             vectors = torch.from_numpy(features.copy()).float().flatten(0, 1)
-            if not count:
-                first = vectors.mean(dim=0)
-            vectors -= first  # so that no digits are lost in the squares
-            total += vectors.sum(dim=0)
-            squares += vectors.square().sum(dim=0)
+            total += vectors.double().sum(dim=0)
+            squares += vectors.square().double().sum(dim=0)
             count += len(vectors)
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        self.mean.copy_(first + mean)
+        self.mean.copy_(mean)
         self.std.copy_((std + self.FLOOR * std.mean()).clamp_min(1e-6))
 
     def forward(self, features: Tensor) -> Tensor:

