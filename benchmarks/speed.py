@@ -34,6 +34,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from simplenet_lib import __version__
 from simplenet_lib.benchmark import datasets
+from simplenet_lib.cli import MALLOC, keep_memory
 from simplenet_lib.config import preset
 from simplenet_lib.dataset import ImageFiles, make_transform, photos
 from simplenet_lib.export import Detector, export_onnx
@@ -44,6 +45,8 @@ from simplenet_lib.training import train
 from simplenet_lib.weights import find_weights
 
 OUTPUT = Path("results/bench")
+#: Variables of the environment with which PyTorch runs as it comes: none of the command's.
+PLAIN = {"THP_MEM_ALLOC_ENABLE": "0"} | dict.fromkeys((name for name, *_ in MALLOC), "")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -151,7 +154,7 @@ def inference(_: Path | None) -> dict[str, Any]:
 
 
 def pages(_: Path | None) -> dict[str, Any]:
-    """Features of 32 images with large memory pages, which the command asks for, and without."""
+    """Features of 32 images with large memory pages and kept memory, as the command asks for."""
     code = (
         "import time, torch\n"
         "from simplenet_lib.config import preset\n"
@@ -165,16 +168,13 @@ def pages(_: Path | None) -> dict[str, Any]:
         "    model.features(images)\n"
         "print(time.perf_counter() - start)\n"
     )
-    taken: dict[str, list[float]] = {"1": [], "0": []}
+    ways = {"large_and_kept": {}, "kept": {"THP_MEM_ALLOC_ENABLE": "0"}, "plain": PLAIN}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
     for _round in range(3):
-        for large, column in taken.items():
-            column.append(float(run_python(code, THP_MEM_ALLOC_ENABLE=large)))
-    with_pages, without = (statistics.median(column) for column in taken.values())
-    return {
-        "seconds_with": with_pages,
-        "seconds_without": without,
-        "ratio": with_pages / without,
-    }
+        for way, changes in ways.items():
+            taken[way].append(float(run_python(code, **changes)))
+    seconds_of = {way: statistics.median(column) for way, column in taken.items()}
+    return {"seconds": seconds_of, "ratio": seconds_of["large_and_kept"] / seconds_of["plain"]}
 
 
 def metrics(_: Path | None) -> dict[str, Any]:
@@ -322,8 +322,9 @@ def quality(folder: Path | None) -> dict[str, Any]:
     """From files to a measured detector, over one bare pass of the same images.
 
     Head training is all K heads, units and threshold included, over the bare pass of the
-    training images. Bare pass and training alternate, three times: these machines change
-    their speed from minute to minute. The middle round is reported.
+    training images: as PyTorch runs it by itself, in a process of its own, and with pages and
+    memory as the command asks for. Bare passes and training alternate, three times: these
+    machines change their speed from minute to minute. The middle round is reported.
     """
     assert folder is not None
     normal, test, config = datasets(folder.parent, folder.name, preset("fast"))
@@ -343,8 +344,25 @@ def quality(folder: Path | None) -> dict[str, Any]:
             taken.append(seconds(lambda parts=parts: [bare[name](some) for some in parts]))
         return taken
 
+    by_itself = (
+        "import sys, torch\n"
+        "sys.path.insert(0, 'benchmarks')\n"
+        "from pathlib import Path\n"
+        "from speed import bare_backbones, seconds\n"
+        "from simplenet_lib.benchmark import datasets\n"
+        "from simplenet_lib.config import preset\n"
+        "from simplenet_lib.features import FEATURE_BATCH\n"
+        f"folder = Path({str(folder)!r})\n"
+        "normal, _, _ = datasets(folder.parent, folder.name, preset('fast'))\n"
+        "images = torch.stack([normal[index]['image'] for index in range(len(normal))])\n"
+        "parts, bare = images.split(FEATURE_BATCH), bare_backbones()['channels_last']\n"
+        "with torch.inference_mode():\n"
+        "    bare(parts[0])\n"
+        "    print(seconds(lambda: [bare(part) for part in parts]))\n"
+    )
     rounds = []
     for _ in range(3):
+        plain = float(run_python(by_itself, **PLAIN))
         backbone = bare_pass("channels_last")
         with fresh_cache():
             start = time.perf_counter()
@@ -354,6 +372,7 @@ def quality(folder: Path | None) -> dict[str, Any]:
             end = time.perf_counter()
         rounds.append(
             {
+                "plain_training_images_seconds": plain,
                 "bare_training_images_seconds": backbone[0],
                 "bare_seconds": sum(backbone),
                 "features_seconds": trained.seconds_features,
@@ -361,7 +380,8 @@ def quality(folder: Path | None) -> dict[str, Any]:
                 "evaluation_seconds": end - middle,
                 "whole_seconds": end - start,
                 "image_auroc": found["image_auroc"],
-                "training_ratio": trained.seconds_training / backbone[0],
+                "training_ratio": trained.seconds_training / plain,
+                "training_ratio_to_pages_and_memory": trained.seconds_training / backbone[0],
                 "whole_ratio": (end - start) / sum(backbone),
             }
         )
@@ -395,9 +415,9 @@ def load(folder: Path | None) -> dict[str, Any]:
 
 
 def run_python(code: str, **environment: str) -> str:
-    """What a new interpreter prints."""
+    """What a new interpreter prints; an empty variable is none."""
     command = [sys.executable, "-c", code]
-    variables = {**os.environ, **environment}
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
     return done.stdout
 
@@ -414,6 +434,7 @@ def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_memory()
     names = arguments.names or [work.__name__ for work in ALL]
     for work in ALL:
         name = work.__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import math
@@ -10,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -118,6 +119,14 @@ SYNTHETIC = Path("data/synthetic")
 GO_ON = " Run the same command to go on from there."
 
 
+#: Options of glibc's allocator: their names in the environment, their numbers for mallopt, bytes.
+MALLOC = (
+    ("MALLOC_MMAP_THRESHOLD_", -3, 2**30),
+    ("MALLOC_TRIM_THRESHOLD_", -1, 2**30),
+    ("MALLOC_TOP_PAD_", -2, 2**26),
+)
+
+
 def main() -> None:
     """Run the command; what the user can mend becomes one sentence and exit code 2."""
     # Memory in large pages, on Linux. PyTorch reads this before its first array, and the backbone
@@ -126,6 +135,7 @@ def main() -> None:
     # Threads that wait for others sleep. They would spin by default, and take the cores from
     # those that they wait for as soon as another program is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_memory()
     # Pillow warns at half of what it refuses.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     # A name on the disk may be no text; printing it should not end the command.
@@ -147,6 +157,20 @@ def main() -> None:
             raise
         print(f"simplenet: {what}.", file=sys.stderr)
         sys.exit(2)
+
+
+def keep_memory() -> None:
+    """Have Linux keep the memory of arrays that are gone for those that come, up to 1 GB.
+
+    It would take it back from large ones, and fill it with zeros for the next: the backbone
+    then takes up to half as long again (`benchmarks/speed.py`, pages).
+    """
+    for name, option, size in MALLOC:
+        if name not in os.environ:
+            os.environ[name] = str(size)  # for processes that this one starts
+            if sys.platform == "linux":
+                with suppress(OSError, AttributeError):  # a C library without it
+                    ctypes.CDLL(None).mallopt(option, size)
 
 
 @app.command()

@@ -86,8 +86,8 @@ def _connected(address: str) -> Iterator[None]:
     """
     options: dict[str, Any] = {"include_dashboard": False}
     if address != "local":  # machines that were started before: they know nothing of these
-        names = ("SIMPLENET_CACHE", "THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")
-        known = {name: os.environ[name] for name in names if name in os.environ}
+        names = ("SIMPLENET_CACHE", "THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY", "MALLOC_")
+        known = {name: value for name, value in os.environ.items() if name.startswith(names)}
         if "SIMPLENET_CACHE" in known:
             known["SIMPLENET_CACHE"] = str(cache_folder().absolute())
         options = {"runtime_env": {"env_vars": known}}

@@ -401,7 +401,7 @@ def _a_thread_each(heads: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _ctrl_c() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that the running step can finish."""
+    """Turn the first Ctrl-C into an event, so that the steps under way can finish."""
     stopped = threading.Event()
     background = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as a shell starts `train &`
     if background or threading.current_thread() is not threading.main_thread():

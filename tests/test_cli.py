@@ -1,6 +1,7 @@
 """The command as a user meets it: what it writes, and one sentence for every mistake."""
 
 import csv
+import ctypes
 import io
 import json
 import os
@@ -1338,7 +1339,9 @@ def test_help_is_quick_and_complete() -> None:
         assert "--help" in simplenet(name, "--help")
 
 
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"])
+@pytest.mark.parametrize(
+    "name", ["OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "MALLOC_TRIM_THRESHOLD_"]
+)
 @pytest.mark.parametrize("typed", [None, "mine"])
 def test_the_environment_is_set_before_torch_reads_it_unless_the_user_did(
     name: str, typed: str | None
@@ -1353,8 +1356,37 @@ def test_the_environment_is_set_before_torch_reads_it_unless_the_user_did(
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
-    default = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}[name]
+    default = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}.get(name, str(2**30))
     assert done.stdout.split() == [typed or default, "False"], done.stderr
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another allocator")
+def test_memory_of_an_array_serves_the_next_one() -> None:
+    code = (
+        "import os, resource, sys\n"
+        "import numpy as np\n"
+        "from simplenet_lib.cli import keep_memory\n"
+        "if sys.argv[1] == 'keep': keep_memory()\n"
+        "def work(): np.full(20_000_000, 1.0)\n"  # 160 MB
+        "work()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(5): work()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key}
+    kept, given_back = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, how],
+                capture_output=True,
+                text=True,
+                env=environment | {"NUMPY_MADVISE_HUGEPAGE": "0"},
+                check=True,
+            ).stdout
+        )
+        for how in ("keep", "not")
+    )
+    assert kept < 1000 < 100_000 < given_back
 
 
 def test_nothing_typed_shows_the_help_and_a_wrong_option_is_named() -> None:

@@ -197,8 +197,8 @@ print(resize_by_hand(toy.numpy(), 4).astype(int))
 # proportional to $\exp(-k^2 / 2σ_M^2)$, up to three $σ_M$. For $σ_M = 1$ that leaves seven weights, 1, then
 # 0.607, 0.135 and 0.011 on either side, in all 2.506: a spike of 1000 becomes 4, 54, 242, 399, 242, 54, 4. In two
 # dimensions the weight is a product, so you may filter along the rows first and along the columns then. Resizing
-# does the same. And both are linear: `resize_and_smooth` works out what a 1 at one position adds to every pixel of a row, and a
-# map is then two products of matrices.
+# does the same. And both are linear: `resize_and_smooth` works out what a 1 at one position adds to every pixel of a
+# row, and a map is then two products of matrices.
 #
 # Beyond the border we assume 0: a trained model gives its scores in units in which 0 is what normal images score
 # on average. A defect at the border fades for that. Mirroring the map is more usual; section *A loud border*
@@ -708,8 +708,8 @@ print(
 
 # %% [markdown]
 # On normal images two heads agree only in part: a correlation of $r$ leaves the mean of $K$ heads with a standard
-# deviation of $\sqrt{(1 + (K - 1)\,r) / K}$. On defects they agree: the
-# mean score is about 8, its deviation over heads 1.6.
+# deviation of $\sqrt{(1 + (K - 1)\,r) / K}$. On defects they agree: the mean score is more than three times its
+# deviation over heads (checked below).
 
 # %% mystnb={"image": {"alt": "Eight panels: a nut with an outlined scratch, the score maps of five heads, their mean and their standard deviation. Four heads mark the scratch more or less clearly, one does not, and each has other bright spots elsewhere; in the mean the scratch stands out on a dark ground."}, "figure": {"caption": "A nut with a faint scratch: five heads, their mean, and their disagreement.", "name": "fig-localization-committee"}} tags=["hide-input"]
 shown = 54  # a faint scratch
