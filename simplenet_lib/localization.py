@@ -553,7 +553,8 @@ def rescale(model: SimpleNet, scores: Sequence[float], false_alarms: float) -> N
         raise SimpleNetError(
             f"the {len(scores)} photos do not differ, so they set no threshold: copies of one?"
         )
-    model.typical, model.threshold = typical, limit
+    # A hair above: by rounding the photo that sets the threshold could come to lie beyond it.
+    model.typical, model.threshold = typical, limit + 1e-6 * (limit - typical)
 
 
 def evaluate(
