@@ -475,8 +475,8 @@ class Standardise(nn.Module):
         squares = torch.zeros_like(total)
         for features in maps:
             vectors = torch.from_numpy(features.copy()).float().flatten(0, 1)
-            total += vectors.sum(dim=0, dtype=torch.float64)
-            squares += vectors.square().sum(dim=0, dtype=torch.float64)
+            total += vectors.double().sum(dim=0)
+            squares += vectors.square().double().sum(dim=0)
             count += len(vectors)
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
