@@ -471,6 +471,7 @@ def test_region_at_the_border_is_outlined_there_and_the_threshold_itself_is_not(
 @pytest.mark.parametrize("resize", [64, 80])
 def test_gallery_draws_every_verdict_without_a_warning(tmp_path, resize):
     plt.switch_backend("Agg")
+    plt.close("all")  # what other tests left open
     config = configuration(resize=resize)
     cases = []
     empty, one, full = (np.zeros((64, 64), dtype=bool) for _ in range(3))
