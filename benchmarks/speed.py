@@ -34,7 +34,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from simplenet_lib import __version__
 from simplenet_lib.benchmark import datasets
-from simplenet_lib.cli import MALLOC, keep_memory
+from simplenet_lib.cli import MALLOC, set_up_process
 from simplenet_lib.config import preset
 from simplenet_lib.dataset import ImageFiles, make_transform, photos
 from simplenet_lib.export import Detector, export_onnx
@@ -432,9 +432,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    keep_memory()
+    set_up_process()  # as the command does
     names = arguments.names or [work.__name__ for work in ALL]
     for work in ALL:
         name = work.__name__

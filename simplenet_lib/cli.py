@@ -117,8 +117,6 @@ RayAddress = Annotated[
 
 SYNTHETIC = Path("data/synthetic")
 GO_ON = " Run the same command to go on from there."
-
-
 #: Options of glibc's allocator: their names in the environment, their numbers for mallopt, bytes.
 MALLOC = (
     ("MALLOC_MMAP_THRESHOLD_", -3, 2**30),
@@ -129,13 +127,7 @@ MALLOC = (
 
 def main() -> None:
     """Run the command; what the user can mend becomes one sentence and exit code 2."""
-    # Memory in large pages, on Linux. PyTorch reads this before its first array, and the backbone
-    # then takes up to a fifth less time (`benchmarks/speed.py`, pages).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Threads that wait for others sleep. They would spin by default, and take the cores from
-    # those that they wait for as soon as another program is busy.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    keep_memory()
+    set_up_process()
     # Pillow warns at half of what it refuses.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     # A name on the disk may be no text; printing it should not end the command.
@@ -157,6 +149,16 @@ def main() -> None:
             raise
         print(f"simplenet: {what}.", file=sys.stderr)
         sys.exit(2)
+
+
+def set_up_process() -> None:
+    """Choose how this process and those that it starts wait and use memory, for speed."""
+    # Memory in large pages, on Linux. PyTorch reads this before its first array.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Threads that wait for others sleep. They would spin by default, and take the cores from
+    # those that they wait for as soon as another program is busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_memory()
 
 
 def keep_memory() -> None:

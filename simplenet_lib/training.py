@@ -45,8 +45,8 @@ CHECKPOINT_EVERY = 50  # steps
 SPLIT, ORDER, NOISE = 1, 2, 3  # streams of random numbers
 FOLDS = 5  # at most: a head is trained on four fifths of the images or more
 POSITION_IMAGES = 20  # or more give every position a level and scale of its own
-HAS_ONEDNN: bool = mkldnn.is_available()  # type: ignore[no-untyped-call]
 SHIFT_IMAGES = 50  # at most so many say how much lower the committee's scores lie
+HAS_ONEDNN: bool = mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -288,8 +288,7 @@ def fit(
         tqdm(total=config.steps, initial=done, desc="train", disable=not progress) as bar,
     ):
         coming = next_batch()
-        jobs: list[Future[Tensor] | None] = [None] * len(heads)
-        under_way: deque[list[Future[Tensor]]] = deque()
+        under_way: deque[list[Future[Tensor]]] = deque()  # a list a step, at most two of them
 
         def finish(but: int) -> None:
             """Wait for all steps under way but the last ones."""
@@ -306,10 +305,10 @@ def fit(
                 bar.update()
 
         for step in range(done, config.steps):
+            before = under_way[-1] if under_way else [None] * len(heads)
             under_way.append(
-                [threads.submit(one_step, k, step, jobs[k], *coming) for k in range(len(heads))]
+                [threads.submit(one_step, k, step, before[k], *coming) for k in range(len(heads))]
             )
-            jobs[:] = under_way[-1]
             coming = next_batch()
             finish(but=1)  # the next one begins before this one ends: no head waits for the others
             # After the last step too: what follows the training may fail or be stopped.
@@ -393,7 +392,7 @@ def _a_thread_each(heads: int) -> Iterator[ThreadPoolExecutor]:
     cores = torch.get_num_threads()
     torch.set_num_threads(cores if heads == 1 else 1)
     try:
-        with ThreadPoolExecutor(heads) as threads:
+        with ThreadPoolExecutor(min(heads, cores)) as threads:
             yield threads
     finally:
         torch.set_num_threads(cores)
@@ -598,8 +597,7 @@ def cached_maps(model: SimpleNet, features: FeatureMaps, images: Sequence[int]) 
     """
     config = model.config
     scores = model.committee(score_maps(model, features, images, range(len(model.heads))))
-    maps = [anomaly_map(one[None], config.seen, config.smoothing) for one in scores]
-    return model.in_units(torch.cat(maps)).cpu()
+    return model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
 
 
 def without_each(values: Tensor) -> Tensor:
@@ -703,12 +701,13 @@ def calibrate(
         every = list(range(len(model.heads)))
         some = range(0, len(fresh), math.ceil(len(fresh) / SHIFT_IMAGES))
         maps = score_maps(model, features, fresh[list(some)].tolist(), every)
+        whole = mean_of(maps, every)
+        parts = [mean_of(maps[group[:size]], group[:size]) for group in groups]
         shifts = []
         for place, number in enumerate(some):
-            seen = groups[(folds[fresh[number]] + 1) % count][:size]
+            seen = parts[(folds[fresh[number]] + 1) % count]
             shifts.append(
-                image_score_of(mean_of(maps[:, [place]], every)[0], number)
-                - image_score_of(mean_of(maps[seen][:, [place]], seen)[0], number)
+                image_score_of(whole[place], number) - image_score_of(seen[place], number)
             )
         values += float(np.median(shifts))
     model.typical = float(np.median(values))
