@@ -65,7 +65,9 @@ def report(
     """What is written of a run; ``maps`` are the anomaly maps of the test images."""
     scores = image_score(maps).tolist()
     predictions = [
-        Prediction(sample, score, score > 1, map_, test[index]["mask"].numpy(), [])
+        Prediction(
+            sample, score, score > 1, lambda map_=map_: map_, test[index]["mask"].numpy(), []
+        )
         for index, (sample, score, map_) in enumerate(
             zip(test.samples, scores, maps.numpy(), strict=True)
         )

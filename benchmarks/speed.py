@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,8 +40,9 @@ from simplenet_lib.config import preset
 from simplenet_lib.dataset import ImageFiles, make_transform, photos
 from simplenet_lib.export import Detector, export_onnx
 from simplenet_lib.features import FEATURE_BATCH, batches, build_backbone
-from simplenet_lib.localization import evaluate
+from simplenet_lib.localization import Result, evaluate, results
 from simplenet_lib.model import SimpleNet
+from simplenet_lib.synthetic import generate
 from simplenet_lib.training import train
 from simplenet_lib.weights import find_weights
 
@@ -153,6 +155,41 @@ def inference(_: Path | None) -> dict[str, Any]:
     return found
 
 
+def megapixels(_: Path | None) -> dict[str, Any]:
+    """JPEG photos of 12 megapixels, from file to verdict, over the bare backbone alone."""
+    config = preset("fast", ratio=0.75)
+    model = SimpleNet(config, find_weights(config.backbone)).eval().to(DEVICE)
+    model.typical, model.threshold = 0.0, 1.0
+    bare = bare_backbones()["eager"]
+    images = torch.rand(FEATURE_BATCH, 3, *config.seen, device=DEVICE)
+    count = 8 * FEATURE_BATCH
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        small = next((generate(Path(folder)) / "nut/train/good").iterdir())
+        large = np.asarray(Image.open(small).convert("RGB").resize((4000, 3000)), dtype=float)
+        grain = generator.normal(0, 6, large.shape)  # a camera's: it makes the files large
+        file = Path(folder) / "photo.jpg"
+        Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(file, quality=92)
+
+        def ours() -> None:
+            for result in results(model, [file] * count, [""] * count):
+                assert isinstance(result, Result), result
+
+        @torch.inference_mode()
+        def network() -> None:
+            for _number in range(count // FEATURE_BATCH):
+                bare(images)
+
+        predicted, backbone = alternating(ours, network, rounds=5)
+        return {
+            "pixels": [4000, 3000],
+            "megabytes": file.stat().st_size / 1e6,
+            "seen": list(config.seen),
+            "ms_an_image": {"ours": 1000 * predicted / count, "bare": 1000 * backbone / count},
+            "ratio": predicted / backbone,
+        }
+
+
 def pages(_: Path | None) -> dict[str, Any]:
     """Features of 32 images with large memory pages and kept memory, as the command asks for."""
     code = (
@@ -175,6 +212,40 @@ def pages(_: Path | None) -> dict[str, Any]:
             taken[way].append(float(run_python(code, **changes)))
     seconds_of = {way: statistics.median(column) for way, column in taken.items()}
     return {"seconds": seconds_of, "ratio": seconds_of["large_and_kept"] / seconds_of["plain"]}
+
+
+def evaluation(_: Path | None) -> dict[str, Any]:
+    """Peak memory of ``simplenet evaluate``: 2,000 images of 1,024 px, half of them with masks."""
+    model, count, side = new_model(), 2000, 1024
+    with tempfile.TemporaryDirectory() as folder:
+        drawn, large = generate(Path(folder) / "small") / "nut", Path(folder) / "large/nut"
+        model.save(Path(folder) / "model.safetensors")
+        good = sorted(drawn.glob("test/good/*"))
+        bad = sorted(set(drawn.glob("test/*/*")) - set(good))
+        for files in (good, bad):
+            for number in range(count // 2):  # the same ones again and again cost as much
+                kind = files[number % len(files)].parent.name
+                wanted = [(f"test/{kind}", files[number % len(files)], "")]
+                if files is bad:
+                    mask = drawn / f"ground_truth/{kind}/{wanted[0][1].stem}_mask.png"
+                    wanted.append((f"ground_truth/{kind}", mask, "_mask"))
+                for place, file, suffix in wanted:
+                    path = large / place / f"{number:04}{suffix}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if number < len(files):
+                        Image.open(file).resize((side, side), Image.Resampling.NEAREST).save(path)
+                    else:
+                        os.link(path.with_name(f"{number % len(files):04}{suffix}.png"), path)
+        command = [sys.executable, "-m", "simplenet_lib.cli", "evaluate"]
+        command += [str(Path(folder) / "model.safetensors"), "--data", str(large)]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return {
+            "images": count,
+            "side": side,
+            "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
+            "seconds": time.perf_counter() - start,
+        }
 
 
 def metrics(_: Path | None) -> dict[str, Any]:
@@ -422,7 +493,7 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-ALL = (imports, pages, inference, metrics, loading, memory, quality, load)
+ALL = (imports, pages, inference, megapixels, evaluation, metrics, loading, memory, quality, load)
 
 
 def main() -> None:

@@ -101,6 +101,8 @@ def speed() -> str:
                 "ms",
             ),
         ]
+    large = measured("megapixels")["ms_an_image"]
+    rows.append(("JPEG photos of 12 megapixels, from file to verdict", *large.values(), "ms"))
     run, load = measured("quality"), measured("load")
     heads, plain = run["training_seconds"], run["plain_training_images_seconds"]
     rows += [

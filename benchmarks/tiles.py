@@ -72,9 +72,10 @@ def measure(root: Path, tile: int) -> dict[str, object]:
     away = []
     for p in predictions:
         if p.sample.label:
-            peak = np.unravel_index(p.map.argmax(), p.map.shape)
+            map_ = p.map
+            peak = np.unravel_index(map_.argmax(), map_.shape)
             pixels = np.argwhere(p.mask) - peak
-            away.append(round(float(np.hypot(*pixels.T).min()) * SIDE / p.map.shape[0]))
+            away.append(round(float(np.hypot(*pixels.T).min()) * SIDE / map_.shape[0]))
     defects = [bool(p.sample.label) for p in predictions]
     return {
         "tile": tile,

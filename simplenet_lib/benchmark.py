@@ -35,6 +35,7 @@ from simplenet_lib.dataset import (
 )
 from simplenet_lib.features import TILE_STEP, digest_of_images
 from simplenet_lib.localization import (
+    Maps,
     Prediction,
     Result,
     has_both_kinds,
@@ -494,7 +495,7 @@ def recalibrate(
     Raises
     ------
     SimpleNetError
-        If a photo cannot be read, it was trained on just these, or they do not differ.
+        If a photo cannot be read, it was trained on one of them, or they do not differ.
 
     Examples
     --------
@@ -504,10 +505,11 @@ def recalibrate(
     >>> model.threshold == threshold
     False
     """
-    if model.images == digest_of_images(map(_digest, photos)):
+    known = [photo for photo in photos if _digest(photo)[: model.PHOTO_DIGEST] in model.photos]
+    if known:
         raise SimpleNetError(
-            f"the {len(photos)} photos are those the model was trained on: it knows them, and the"
-            " threshold would be too low. Take others."
+            f"{len(known)} of the {len(photos)} photos, such as {known[0]}, are those the model was"
+            " trained on: it knows them, and the threshold would be too low. Take others."
         )
     found: list[Result] = []
     damaged: list[str] = []
@@ -555,7 +557,7 @@ def compare(predictions: Sequence[Prediction]) -> dict[str, Any]:
         )
     }
     if "aupro" in metrics:
-        deviations |= pixel_deviations([p.mask for p in predictions], [p.map for p in predictions])
+        deviations |= pixel_deviations([p.mask for p in predictions], Maps(predictions))
     scores: dict[str, dict[str, float]] = {}
     for kind in dict.fromkeys(prediction.sample.defect for prediction in predictions):
         of_kind = [p for p in predictions if p.sample.defect == kind]

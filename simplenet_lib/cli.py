@@ -850,11 +850,12 @@ def _device(name: str) -> str:
 
 def _print_promise(count: int, false_alarms: float, asked: bool, how: str) -> None:
     """What the threshold is, and how many false alarms to expect of it."""
-    from simplenet_lib.localization import allowed
+    from simplenet_lib.localization import rank
 
-    rank = max(1, allowed(count, false_alarms))
-    place = {1: "highest", 2: "second highest", 3: "third highest"}.get(rank, f"{rank}th highest")
-    rate = rank / (count + 1)
+    number = rank(count, false_alarms)
+    named = {1: "highest", 2: "second highest", 3: "third highest"}
+    place = named.get(number, f"{number}th highest")
+    rate = number / (count + 1)
     print(
         f"The threshold is the {place} score of {count} good photos, {how}: expect about"
         f" {rate:.1%} false alarms on good photos like them."

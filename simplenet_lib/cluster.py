@@ -40,6 +40,9 @@ from simplenet_lib.weights import find_weights
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+# Actors of Ray Data work in a thread of their own. What Linux lends to threads beside the main one
+# is never kept (see `cli.keep_memory`): theirs shall come from where the main one's comes from.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 try:
     import fsspec
     import pyarrow as pa

@@ -56,6 +56,7 @@ FORMATS = tuple(
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 SUFFIXES |= {".jif", ".mpo"}
 TURNED = (5, 6, 7, 8)  # EXIF orientations of a camera held upright
+SAMPLE_FORMAT = 339  # TIFF's tag; 1: unsigned
 PAGED = {".tif", ".tiff", ".gif", ".webp", ".apng"}  # may have several pages or frames
 
 #: What systems and programs put beside photos, in lower case; and all that starts with a dot.
@@ -78,6 +79,7 @@ LAYOUTS = (
     " test/DEFECT and, if there are masks, ground_truth/DEFECT."
 )
 
+Size = tuple[int, int]  # width and height of a picture, in pixels
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 
@@ -572,16 +574,30 @@ def read_file(path: Path) -> bytes:
         raise SimpleNetError(f"{path}: not a readable image ({error}).") from error
 
 
-def _open(path: Path, data: bytes | None = None) -> Image.Image:
-    """Decode an image's first page and turn it upright; ``data`` are its bytes, if read."""
+def _open(path: Path, data: bytes | None = None, keep: Size | None = None) -> Image.Image:
+    """Decode an image's first page and turn it upright; ``data`` are its bytes, if read.
+
+    ``keep``: width and height, upright, that are enough of a JPEG, or None for all of it.
+    """
     data = read_file(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            if keep and file.format in ("JPEG", "MPO"):
+                turned = file.getexif().get(ExifTags.Base.Orientation) in TURNED
+                file.draft(None, keep[::-1] if turned else keep)
             image: Image.Image = ImageOps.exif_transpose(file)
             image.load()
+            if image.mode == "I" and _is_unsigned(file) and np.asarray(image).min() < 0:
+                raise ValueError("it holds values above 2147483647; save it as 16 bits")
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise SimpleNetError(_not_readable(path, error)) from error
     return image
+
+
+def _is_unsigned(file: Image.Image) -> bool:
+    """Whether the numbers of a TIFF are unsigned: Pillow makes the larger of 32 bits negative."""
+    formats = getattr(file, "tag_v2", {}).get(SAMPLE_FORMAT, (1,))
+    return file.format == "TIFF" and formats == (1,)
 
 
 def _not_readable(path: Path, error: Exception) -> str:
@@ -623,7 +639,9 @@ def as_rgb(image: Image.Image, white: float = 0) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image.Image:
+def read_image(
+    path: Path, data: bytes | None = None, white: float = 0, keep: Size | None = None
+) -> Image.Image:
     """Read an image of any depth, grey, palette or colour, as upright 8-bit RGB.
 
     Parameters
@@ -634,6 +652,9 @@ def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image
         Its bytes, if they have been read already.
     white : float
         See :func:`as_rgb`.
+    keep : (int, int), optional
+        A JPEG may be decoded at a half, a quarter or an eighth of its size, which takes less
+        time, if at least this width and height are left.
 
     Raises
     ------
@@ -646,7 +667,7 @@ def read_image(path: Path, data: bytes | None = None, white: float = 0) -> Image
     >>> image.mode, image.size
     ('RGB', (64, 64))
     """
-    return as_rgb(_open(path, data), white)
+    return as_rgb(_open(path, data, keep), white)
 
 
 def as_picture(
@@ -654,8 +675,9 @@ def as_picture(
     name: str,
     channels: Literal["rgb", "bgr"] = "rgb",
     white: float = 0,
-) -> Image.Image:
-    """Any image of a program's as upright 8-bit RGB.
+    keep: Size | None = None,
+) -> tuple[Image.Image, Size]:
+    """Any image of a program's as upright 8-bit RGB, and its width and height.
 
     Parameters
     ----------
@@ -667,8 +689,8 @@ def as_picture(
         What an error calls it.
     channels : {"rgb", "bgr"}
         Order of the channels of an array; OpenCV's is ``"bgr"``.
-    white : float
-        See :func:`as_rgb`.
+    white, keep
+        See :func:`read_image`. The size is that of the whole.
 
     Raises
     ------
@@ -678,28 +700,33 @@ def as_picture(
     Examples
     --------
     >>> frame = np.zeros((48, 64, 3), np.uint8)
-    >>> as_picture(frame, "frame 1", channels="bgr").size
-    (64, 48)
+    >>> picture, size = as_picture(frame, "frame 1", channels="bgr")
+    >>> picture.mode, size
+    ('RGB', (64, 48))
     """
     if channels not in ("rgb", "bgr"):
         raise SimpleNetError(f"channels is '{channels}', not rgb or bgr.")
     if channels == "bgr" and not isinstance(source, np.ndarray):
         raise SimpleNetError(f"{name}: channels='bgr' is for arrays; a file says its order itself.")
     if isinstance(source, str | Path):
-        return read_image(Path(source), white=white)
+        name, source = str(source), read_file(Path(source))
     if isinstance(source, bytes | bytearray | memoryview):
-        return read_image(Path(name), bytes(source), white)
+        path, data = Path(name), bytes(source)
+        picture = read_image(path, data, white, keep)
+        return picture, _whole_size(picture, path, data) if keep else picture.size
     if isinstance(source, Image.Image):
         try:
-            return as_rgb(ImageOps.exif_transpose(source), white)
+            picture = as_rgb(ImageOps.exif_transpose(source), white)
         except Exception as error:  # it may be a damaged file that is decoded only now
             raise SimpleNetError(f"{name}: not a readable image ({error}).") from error
+        return picture, picture.size
     if not isinstance(source, np.ndarray):
         raise SimpleNetError(
             f"{name}: a {type(source).__name__}. Give a path, bytes, a Pillow image or a NumPy"
             " array of height, width and channels."
         )
-    return _array_as_picture(source, name, channels, white)
+    picture = _array_as_picture(source, name, channels, white)
+    return picture, picture.size
 
 
 def _array_as_picture(array: NDArray[Any], name: str, channels: str, white: float) -> Image.Image:
@@ -834,6 +861,24 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
         ]
     )
     return transform
+
+
+def enough(transform: Transform) -> Size | None:
+    """Width and height that are kept of a large JPEG: twice what it is resized to.
+
+    The rest is resized by the transform, with antialiasing, so that what the network sees
+    differs by a level or two of 255. None, all of it, for other transforms.
+
+    Examples
+    --------
+    >>> enough(make_transform((256, 320), 224))
+    (640, 512)
+    """
+    first = getattr(transform, "transforms", [None])[0]
+    if not isinstance(first, ResizeBoth):
+        return None
+    height, width = first.size
+    return 2 * width, 2 * height
 
 
 def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, int]:
@@ -1138,6 +1183,7 @@ class ImageFiles(Dataset[Item]):
         self.samples = samples
         self.transform = transform
         self.white = white
+        self.keep = enough(transform)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -1151,7 +1197,7 @@ class ImageFiles(Dataset[Item]):
     def item(self, index: int, data: bytes | None = None) -> Item:
         """Image ``index``; ``data`` are the bytes of its file, if they have been read already."""
         sample = self.samples[index]
-        picture, marked = _read(sample, data, self.white)
+        picture, marked = _read(sample, data, self.white, self.keep)
         image, mask = self.transform(
             tv_tensors.Image(v2.functional.pil_to_tensor(picture)),
             tv_tensors.Mask(v2.functional.pil_to_tensor(marked)),
@@ -1251,31 +1297,38 @@ def _fitting(sample: Sample, misfits: list[str]) -> Sample:
 
 
 def _read(
-    sample: Sample, data: bytes | None = None, white: float = 0
+    sample: Sample, data: bytes | None = None, white: float = 0, keep: Size | None = None
 ) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
-    picture = read_image(sample.image, data, white)
+    picture = read_image(sample.image, data, white, keep)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
     mask = read_mask(sample.mask)
-    if mask.size != picture.size:
-        raise MaskSizeError(f"{sample.mask}: {_size(mask)}, but its image is {_size(picture)}.")
+    size = _whole_size(picture, sample.image, data) if keep else picture.size
+    if mask.size != size:
+        raise MaskSizeError(
+            f"{sample.mask}: {mask.width}x{mask.height}, but its image is {size[0]}x{size[1]}."
+        )
     return picture, mask
 
 
-def _header(path: Path) -> tuple[tuple[int, int], int]:
+def _whole_size(picture: Image.Image, path: Path, data: bytes | None) -> Size:
+    """Width and height of what ``picture`` was decoded from, if need be at a smaller size."""
+    size, orientation = _header(path, data)
+    if sorted(size) == sorted(picture.size):
+        return picture.size
+    return size[::-1] if orientation in TURNED else size
+
+
+def _header(path: Path, data: bytes | None = None) -> tuple[Size, int]:
     """Size and orientation as the file's header states them, without decoding its pixels."""
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as file:
             # Without this condition Pillow decodes a PNG to look for the orientation behind it.
             exif = file.getexif() if "exif" in file.info else {}
             return file.size, exif.get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # as in _open
         raise SimpleNetError(_not_readable(path, error)) from error
-
-
-def _size(image: Image.Image) -> str:
-    return f"{image.width}x{image.height}"
 
 
 def _category_folder(root: Path, category: str) -> Path:

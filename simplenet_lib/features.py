@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
 import secrets
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,7 @@ FEATURE_BATCH = 8
 TILE_OVERLAP = 96  # pixels around a tile that it sees and that do not count: no seam shows
 TILE_STEP = 32  # tiles meet at a position of every layer
 READERS = min(16, os.cpu_count() or 1)  # threads that decode images
+RELEASE_EVERY = 64  # images
 CACHE_LIMIT_BYTES = 32 * 10**9
 
 
@@ -410,12 +413,31 @@ def ahead(
     with ThreadPoolExecutor(READERS) as readers:
         coming = deque(readers.submit(read, one) for one in islice(waiting, count))
         try:
+            number = 0
             while coming:
+                number += 1
                 coming.extend(readers.submit(read, one) for one in islice(waiting, 1))
                 yield coming.popleft().result()
+                if number % RELEASE_EVERY == 0:
+                    release_memory()
         finally:
             for future in coming:
                 future.cancel()
+
+
+def release_memory() -> None:
+    """Give memory that is free, but scattered between what is in use, back to Linux.
+
+    The arrays of the backbone are large, and what is kept of an image lies between them: with
+    thousands of images there would be more and more gaps that no array fits into.
+
+    Examples
+    --------
+    >>> release_memory()
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 #: Cached features of one image, (h, w, C) in half precision, read from disk as needed.

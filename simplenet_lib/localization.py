@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ from simplenet_lib.dataset import (
     Sample,
     as_picture,
     as_seen,
+    enough,
     make_transform,
     seen_box,
 )
@@ -125,19 +126,19 @@ def threshold(normal_scores: Tensor, false_alarms: float) -> float:
     >>> threshold(scores, false_alarms=0.05), threshold(scores, false_alarms=0.0)
     (38.0, 39.0)
     """
-    rank = max(1, allowed(len(normal_scores), false_alarms))
-    return float(normal_scores.sort(descending=True).values[rank - 1])
+    place = rank(len(normal_scores), false_alarms)
+    return float(normal_scores.sort(descending=True).values[place - 1])
 
 
-def allowed(count: int, false_alarms: float) -> int:
-    """The largest k with k / (count + 1) within ``false_alarms``.
+def rank(count: int, false_alarms: float) -> int:
+    """The largest k with k / (count + 1) within ``false_alarms``, of 1 to count.
 
     Examples
     --------
-    >>> allowed(39, 0.05), allowed(38, 0.05)
-    (2, 1)
+    >>> rank(39, 0.05), rank(38, 0.05), rank(9, 0.05)
+    (2, 1, 1)
     """
-    return math.floor(false_alarms * (count + 1) + 1e-9)
+    return min(max(1, math.floor(false_alarms * (count + 1) + 1e-9)), count)
 
 
 def check_threshold(value: float) -> None:
@@ -167,8 +168,9 @@ class Prediction:
         Maximum of the anomaly map: about 0 for a typical normal image, 1 at the threshold.
     anomalous : bool
         Whether the score is above 1.
-    map : ndarray
-        Anomaly map, (height, width) of float32, of what the network saw, on the same scale.
+    draw : callable
+        Makes the anomaly map anew from the score map: of thousands of images the small maps
+        are kept, and not the large ones.
     mask : ndarray
         Ground truth on the same pixels, bool; all False without a mask.
     unfamiliar : list of str
@@ -187,9 +189,36 @@ class Prediction:
     sample: Sample
     score: float
     anomalous: bool
-    map: Map
+    draw: Callable[[], Map]
     mask: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
     unfamiliar: list[str]
+
+    @property
+    def map(self) -> Map:
+        """Anomaly map, (height, width) of float32, of what the network saw, on the same scale."""
+        return self.draw()
+
+
+class Maps(Sequence[Map]):
+    """The anomaly maps of predictions, each drawn when it is asked for and not kept.
+
+    Examples
+    --------
+    >>> from simplenet_lib.dataset import AnomalyDataset, make_transform
+    >>> test = AnomalyDataset(data, "nut", "test", make_transform(32, 32))
+    >>> maps = Maps(list(predict(model, test, progress=False)))
+    >>> len(maps), maps[0].shape
+    (7, (32, 32))
+    """
+
+    def __init__(self, predictions: Sequence[Prediction]) -> None:
+        self.predictions = predictions
+
+    def __len__(self) -> int:
+        return len(self.predictions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.predictions[index].map
 
 
 @dataclass(frozen=True)
@@ -362,8 +391,8 @@ class Result:
 @torch.inference_mode()
 def judge(
     model: SimpleNet, images: Tensor, layer: tuple[Tensor, Tensor] | None = None
-) -> list[tuple[Map, float, list[str]]]:
-    """Anomaly map, image score and what is unfamiliar, of each of N images.
+) -> list[tuple[Tensor, Map, float, list[str]]]:
+    """Score map, anomaly map, image score and what is unfamiliar, of each of N images.
 
     Every prediction of this library comes from here.
 
@@ -384,9 +413,9 @@ def judge(
 
     Examples
     --------
-    >>> ((map_, score, unfamiliar),) = judge(model, torch.zeros(1, 3, 32, 32))
-    >>> map_.shape, bool(score == map_.max())
-    ((32, 32), True)
+    >>> ((scores, map_, score, unfamiliar),) = judge(model, torch.zeros(1, 3, 32, 32))
+    >>> scores.shape, map_.shape, bool(score == map_.max())
+    (torch.Size([8, 8]), (32, 32), True)
     """
     model.eval()
     config = model.config
@@ -399,13 +428,26 @@ def judge(
     maps_of_heads, description = over_tiles(images, config.tile, look)
     scores = model.committee(maps_of_heads.permute(3, 0, 1, 2))
     drift = model.drift(description)
-    maps = model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
+    maps = maps_of(model, scores)
     highest = image_score(maps)
     if not highest.isfinite().all():
         raise SimpleNetError(
             "the network's scores are not finite: the device or the weights are at fault."
         )
-    return list(zip(maps.numpy(), highest.tolist(), drift, strict=True))
+    return list(zip(scores, maps.numpy(), highest.tolist(), drift, strict=True))
+
+
+@torch.inference_mode()
+def maps_of(model: SimpleNet, scores: Tensor) -> Tensor:
+    """Anomaly maps (N, H, W) of a committee's score maps (N, h, w): 0 is typical, 1 the threshold.
+
+    Examples
+    --------
+    >>> maps_of(model, torch.zeros(2, 8, 8)).shape
+    torch.Size([2, 32, 32])
+    """
+    config = model.config
+    return model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
 
 
 def predict(
@@ -432,7 +474,7 @@ def predict(
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
         count, layer = at_once(model.config.tile), model.hidden_layer()
         for batch in batches(ahead(dataset.item, range(len(dataset)), count), count):
-            for index, mask, (map_, score, unfamiliar) in zip(
+            for index, mask, (scores, _, score, unfamiliar) in zip(
                 batch["index"].tolist(),
                 batch["mask"].numpy(),
                 judge(model, batch["image"], layer),
@@ -441,8 +483,14 @@ def predict(
                 sample = dataset.samples[index]
                 # Of an image without a mask all share one pixel: there may be thousands.
                 kept = mask.copy() if sample.mask else np.broadcast_to(np.False_, mask.shape)
-                yield Prediction(sample, score, score > 1, map_, kept, unfamiliar)
+                draw = partial(_map_of, model, scores)
+                yield Prediction(sample, score, score > 1, draw, kept, unfamiliar)
                 bar.update()
+
+
+def _map_of(model: SimpleNet, scores: Tensor) -> Map:
+    map_: Map = maps_of(model, scores[None])[0].numpy()
+    return map_
 
 
 def results(
@@ -488,15 +536,15 @@ def results(
     check_threshold(threshold)
     config = model.config
     transform = make_transform(config.size, config.seen)
+    keep = enough(transform)
 
     def read(number: int) -> tuple[Tensor, Image.Image, tuple[int, int]] | SimpleNetError:
         try:
-            picture = as_picture(sources[number], names[number], channels, config.white)
+            picture, size = as_picture(sources[number], names[number], channels, config.white, keep)
         except SimpleNetError as error:
             return error
-        size = picture.size
         image = as_seen(picture, transform)
-        shrink = math.ceil(math.sqrt(size[0] * size[1] / PICTURE_PIXELS))
+        shrink = math.ceil(math.sqrt(picture.width * picture.height / PICTURE_PIXELS))
         return image, picture.reduce(shrink) if shrink > 1 else picture, size
 
     every, count = range(len(sources)), at_once(config.tile)
@@ -512,7 +560,7 @@ def results(
                 if isinstance(one, SimpleNetError):
                     yield one
                 else:
-                    map_, score, unfamiliar = next(judged)
+                    _, map_, score, unfamiliar = next(judged)
                     _, picture, size = one
                     yield Result(
                         names[number], score, unfamiliar, size, threshold, map_, picture, config
@@ -639,7 +687,7 @@ def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
     metrics = image_metrics(labels, np.array([prediction.score for prediction in predictions]))
     every = all(p.sample.mask is not None for p in predictions if p.sample.label)
     if every and not mask_note(predictions):
-        metrics |= pixel_metrics([p.mask for p in predictions], [p.map for p in predictions])
+        metrics |= pixel_metrics([p.mask for p in predictions], Maps(predictions))
     return metrics
 
 

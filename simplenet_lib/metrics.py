@@ -220,7 +220,7 @@ def pixel_deviations(
     >>> 0 < deviations["pixel_auroc"] < 0.2
     True
     """
-    step = max(7, math.ceil(sum(np.size(map_) for map_ in maps) / SAMPLE_PIXELS))
+    step = max(7, math.ceil(sum(map(np.size, masks)) / SAMPLE_PIXELS))
     sample = np.concatenate([np.asarray(map_).ravel()[::step].astype(float) for map_ in maps])
     edges = np.unique(np.quantile(sample, np.linspace(0, 1, 2001)[1:-1]))
     bins = len(edges) + 1

@@ -26,7 +26,7 @@ from simplenet_lib.weights import Weights, find_weights
 
 CHECKPOINT_FORMAT = "simplenet-3"
 SCALE = ("typical", "threshold")  # what normal images score
-FEATURES_FORMAT = 2  # of cached features: another number wherever they are computed otherwise
+FEATURES_FORMAT = 3  # of cached features: another number wherever they are computed otherwise
 INITIAL = 0  # stream of random numbers: the initial parameters
 
 
@@ -109,6 +109,8 @@ class SimpleNet(nn.Module):
     images : str
         A digest of the images it was trained on, see
         :func:`simplenet_lib.features.digest_of_images`; empty before training.
+    photos : set of str
+        The first 12 digits of the SHA-256 of each of these.
 
     Examples
     --------
@@ -120,6 +122,8 @@ class SimpleNet(nn.Module):
     >>> [one.size for one in detector.predict([np.zeros((48, 64), np.uint8)])]
     [(64, 48)]
     """
+
+    PHOTO_DIGEST = 12
 
     centre: Tensor
     spread: Tensor
@@ -149,6 +153,7 @@ class SimpleNet(nn.Module):
         self.typical = math.nan
         self.threshold = math.nan
         self.images = ""
+        self.photos: set[str] = set()
 
     def forward(self, images: Tensor) -> Tensor:
         """Score map (N, h, w) of normalised images (N, 3, H, W): high is anomalous."""
@@ -226,7 +231,7 @@ class SimpleNet(nn.Module):
     def save(self, path: Path) -> None:
         """Write heads, configuration and threshold; the backbone's weights stay out."""
         scale = {name: repr(getattr(self, name)) for name in SCALE}
-        images = {"images": self.images} if self.images else {}
+        images = {"images": self.images, "photos": " ".join(sorted(self.photos))}
         write_checkpoint(path, self.trained_state(), {**self.identity(), **scale, **images})
 
     def identity(self) -> dict[str, str]:
@@ -289,6 +294,7 @@ class SimpleNet(nn.Module):
         for name, value in scale.items():
             setattr(model, name, value)
         model.images = metadata.get("images", "")
+        model.photos = {*metadata.get("photos", "").split()}
         return model.eval()
 
     @overload

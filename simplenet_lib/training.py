@@ -35,7 +35,7 @@ from simplenet_lib.features import (
     cached_features,
     digest_of_images,
 )
-from simplenet_lib.localization import anomaly_map, image_score, threshold
+from simplenet_lib.localization import anomaly_map, image_score, maps_of, threshold
 from simplenet_lib.loss import cross_entropy_loss, margin_loss
 from simplenet_lib.model import Head, SimpleNet, check_tensors, read_checkpoint, write_checkpoint
 from simplenet_lib.noise import random_seed
@@ -543,6 +543,7 @@ def train(
 
     start = time.perf_counter()
     model.images = digest_of_images(features.digests)
+    model.photos = {digest[: model.PHOTO_DIGEST] for digest in features.digests}
     identity = {**model.identity(), "images": model.images}
     history = fit(
         model.heads,
@@ -595,9 +596,8 @@ def cached_maps(model: SimpleNet, features: FeatureMaps, images: Sequence[int]) 
     >>> cached_maps(model, features, range(6)).shape
     torch.Size([6, 32, 32])
     """
-    config = model.config
     scores = model.committee(score_maps(model, features, images, range(len(model.heads))))
-    return model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
+    return maps_of(model, scores)
 
 
 def without_each(values: Tensor) -> Tensor:

@@ -955,7 +955,11 @@ def test_calibrate_sets_the_threshold_by_other_photos(
 
     assert "exists. It is not overwritten" in refused("calibrate", "run", photos, "--output", "new")
     ours = data / "cloth/train/good"
-    assert "are those the model was trained on" in refused("calibrate", "run", ours)
+    said = refused("calibrate", "run", ours)
+    assert "8 of the 8 photos, such as" in said and "are those the model was trained on" in said
+    shutil.copy(next(ours.iterdir()), photos / "of_the_training.png")
+    assert "1 of the 13 photos, such as" in refused("calibrate", "run", photos)
+    (photos / "of_the_training.png").unlink()
     one = next(photos.iterdir())
     assert "at least 2 are needed" in refused("calibrate", "run", one)
     shutil.copy(one, "copy.png")

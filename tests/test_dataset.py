@@ -27,9 +27,12 @@ from simplenet_lib.dataset import (
     AnomalyDataset,
     ImageFiles,
     Sample,
+    as_picture,
     as_rgb,
+    as_seen,
     categories,
     check,
+    enough,
     find_samples,
     image_files,
     is_category,
@@ -324,6 +327,22 @@ def test_every_depth_in_every_file_is_as_bright_as_with_8_bits(tmp_path, bits, k
     assert np.abs(item["image"][0].numpy() - expected).max() < 0.02
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_unsigned_numbers_beyond_what_pillow_reads_are_not_taken_for_black(tmp_path, signed):
+    path = tmp_path / "deep.tiff"
+    values = np.array([[0, 2**31 - 1, -1]] * 3, dtype=np.int32)
+    Image.fromarray(values).save(path)
+    if not signed:  # Pillow writes them as signed
+        kinds = [struct.pack("<HHIHH", 339, 3, 1, kind, 0) for kind in (2, 1)]
+        assert path.read_bytes().count(kinds[0]) == 1
+        path.write_bytes(path.read_bytes().replace(*kinds))
+    if signed:
+        assert np.asarray(read_image(path, white=2**31 - 1))[0, :, 0].tolist() == [0, 255, 0]
+    else:
+        with pytest.raises(SimpleNetError, match="deep.tiff: .*values above 2147483647; save it"):
+            read_image(path)
+
+
 def test_floating_point_not_a_number_and_infinity(tmp_path):
     values = np.array([[0, 0.5, 1, np.nan, np.inf, -np.inf, -3, 0.25]] * 4, dtype=np.float32)
     Image.fromarray(values).save(tmp_path / "float.tiff")
@@ -488,6 +507,51 @@ def test_rotated_photograph_lies_under_its_upright_mask(root, orientation):
     bright = item["image"].mean(dim=0) > 0
     assert (bright == item["mask"]).float().mean() > 0.98
     assert 0.07 < item["mask"].float().mean() < 0.1  # 16 x 16 of 48 x 64
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_large_jpeg_is_decoded_at_a_size_that_is_enough(root, orientation):
+    """Photo, mask and size are those of the whole file, and only the time is less."""
+    rows, columns = np.mgrid[:1200, :1600] / 1600
+    waves = [128 + 60 * np.sin(40 * rows + phase) * np.cos(31 * columns) for phase in (0, 1, 2)]
+    waves = np.stack(waves, axis=2) + np.random.default_rng(0).normal(0, 8, (1200, 1600, 3))
+    stored = waves.clip(0, 255).astype(np.uint8)
+    stored[200:400, 800:1200] = 255
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = root / "part/test/large/000.jpg"
+    image.parent.mkdir()
+    Image.fromarray(stored).save(image, exif=exif, quality=92)
+    upright = UPRIGHT[orientation](stored)
+    mask = root / "part/ground_truth/large/000_mask.png"
+    mask.parent.mkdir()
+    Image.fromarray(np.uint8(255) * (upright == 255).all(axis=2)).save(mask)
+
+    keep = enough(TRANSFORM)
+    assert keep == (128, 128)
+    large, small = read_image(image), read_image(image, keep=keep)
+    assert large.size == upright.shape[1::-1]
+    assert small.size == tuple(length // 8 for length in large.size)  # 150 is the shorter side
+    picture, size = as_picture(image, "photo", keep=keep)
+    assert (picture.size, size) == (small.size, large.size)
+    assert as_picture(image.read_bytes(), "photo", keep=keep)[1] == large.size
+    test = AnomalyDataset(root, "part", "test", TRANSFORM)
+    (index,) = (at for at, sample in enumerate(test.samples) if sample.defect == "large")
+    assert test.mask_note == "" and test.samples[index].mask == mask
+    item = test[index]
+    whole = as_seen(large, TRANSFORM)
+    assert torch.equal(item["image"], as_seen(small, TRANSFORM))
+    levels = (item["image"] - whole).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+    assert levels.mean() < 1 and levels.quantile(0.99) < 4
+    expected = 200 * 400 / (1200 * 1600)
+    assert item["mask"].float().mean() == pytest.approx(expected, rel=0.1)
+
+    Image.new("L", small.size, 255).save(mask)
+    test = AnomalyDataset(root, "part", "test", TRANSFORM)
+    assert f"but its image is {large.width}x{large.height}." in test.mask_note
+    image.write_bytes(image.read_bytes()[:-20_000])
+    with pytest.raises(SimpleNetError, match="000.jpg: not a readable image .*truncated"):
+        read_image(image, keep=keep)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
@@ -1125,6 +1189,7 @@ def test_the_reader_without_torch_gives_what_the_library_gives(tmp_path, mode, w
     path = tmp_path / ("a.png" if png else "a.tiff")
     image.save(path, exif=exif)
     chapter = CHAPTER.read_text()
+    assert "file.draft(None, enough[::-1] if file.getexif().get(274, 1) > 4 else enough)" in chapter
     assert 'as_rgb(ImageOps.exif_transpose(file), json.loads(facts["config"])["white"])' in chapter
     assert "with Image.open(io.BytesIO(path.read_bytes())) as file:" in chapter
     with Image.open(io.BytesIO(path.read_bytes())) as file:

@@ -269,6 +269,7 @@ def test_predictions_are_those_of_the_pieces_one_image_at_a_time(model, root):
         assert (prediction.map.shape, prediction.map.dtype) == ((64, 64), np.float32)
         assert prediction.map == pytest.approx(expected, abs=1e-4)
         assert prediction.score == prediction.map.max()
+        assert prediction.map is not prediction.map  # of thousands none is kept
         assert prediction.anomalous == (prediction.score > 1) == (map_.max() > model.threshold)
         assert np.array_equal(prediction.mask, item["mask"].numpy())
     assert sum(prediction.anomalous for prediction in predictions) == 5
@@ -481,7 +482,11 @@ def test_gallery_draws_every_verdict_without_a_warning(tmp_path, resize):
         path = tmp_path / f"{index}.png"
         Image.new("L" if index else "RGB", (90, 70), 100).save(path)
         map_ = np.linspace(-1, 3, 64 * 64, dtype=np.float32).reshape(64, 64)
-        cases.append(Prediction(Sample(path, defect), 3.0, index > 1, map_, mask, ["darker"]))
+        cases.append(
+            Prediction(
+                Sample(path, defect), 3.0, index > 1, lambda map_=map_: map_, mask, ["darker"]
+            )
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for count in (1, 4):

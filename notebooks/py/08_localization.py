@@ -244,13 +244,13 @@ def image_score(maps: Tensor) -> Tensor:
 # %% tags=["library"]
 def threshold(normal_scores: Tensor, false_alarms: float) -> float:
     """Score above which an image counts as anomalous, from held-out normal images (N,)."""
-    rank = max(1, allowed(len(normal_scores), false_alarms))
-    return float(normal_scores.sort(descending=True).values[rank - 1])
+    place = rank(len(normal_scores), false_alarms)
+    return float(normal_scores.sort(descending=True).values[place - 1])
 
 
-def allowed(count: int, false_alarms: float) -> int:
-    """The largest k with k / (count + 1) within ``false_alarms``."""
-    return math.floor(false_alarms * (count + 1) + 1e-9)
+def rank(count: int, false_alarms: float) -> int:
+    """The largest k with k / (count + 1) within ``false_alarms``, of 1 to count."""
+    return min(max(1, math.floor(false_alarms * (count + 1) + 1e-9)), count)
 
 
 # %% [markdown]
@@ -640,7 +640,7 @@ plt.show()
 
 # %% tags=["hide-input"]
 predictions = [
-    Prediction(sample, score, score > 1, map_, mask, unfamiliar=[])
+    Prediction(sample, score, score > 1, lambda map_=map_: map_, mask, unfamiliar=[])
     for sample, score, map_, mask in zip(
         test.samples, scores.tolist(), maps.numpy(), masks, strict=True
     )

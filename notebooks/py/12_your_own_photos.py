@@ -495,7 +495,7 @@ conditions = {
 def ask(changed: Tensor) -> tuple[np.ndarray, list[list[str]]]:
     """Scores of photos (N, 3, H, W), 0 to 1, and reasons to distrust them."""
     answers = judge(model, (changed - detector.mean) / detector.std)
-    return np.array([score for _, score, _ in answers]), [reasons for *_, reasons in answers]
+    return np.array([score for *_, score, _ in answers]), [reasons for *_, reasons in answers]
 
 
 answers = {name: ask(changed) for name, changed in conditions.items()}
@@ -943,6 +943,8 @@ def verdict(session: onnxruntime.InferenceSession, path: Path) -> tuple[float, b
     (height, width), (tall, wide) = json.loads(facts["size"]), json.loads(facts["seen"])
     # From memory, as the library: a TIFF that Pillow maps from the disk stays lying on its side.
     with Image.open(io.BytesIO(path.read_bytes())) as file:
+        enough = (2 * width, 2 * height)  # of a large JPEG that is not turned
+        file.draft(None, enough[::-1] if file.getexif().get(274, 1) > 4 else enough)
         image = as_rgb(ImageOps.exif_transpose(file), json.loads(facts["config"])["white"])
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     top, left = round((height - tall) / 2), round((width - wide) / 2)
