@@ -597,9 +597,23 @@ print(
 
 # %% [markdown]
 # This is the training of the head alone; both presets compute their features once. The published
-# code has no cache and computes them anew in every epoch, which comes on top. It is a count, not a
-# measurement: this book has no result of preset `paper` trained to its end. The command is the one for
-# every preset, `simplenet train --preset paper`, and a GPU is the place for it.
+# code has no cache and computes them anew in every epoch, which comes on top. The command is the one for
+# every preset, `simplenet train --preset paper`.
+#
+# Trained to its end on bottle, once, it took about an hour on two cores. The test images were looked at every
+# 540 steps:
+
+# %% tags=["hide-input"]
+looks = sorted(measured_runs("steps"), key=lambda run: run["steps"])
+for look in looks:
+    print(
+        f"step {look['steps']:4}: loss {look['loss']:.4f}, AUROC {100 * look['image_auroc']:5.1f}"
+    )
+
+# %% [markdown]
+# The last look counts: 93.7, where the paper has 100 with a wider backbone. The loss hardly leaves 1, what an answer of 0
+# to everything costs. Chapter 7 shows why: these features spread over much more than the noise of 0.015. And it
+# shows what the choice of the step is worth: the best look at the test images has 99.8.
 #
 #
 # ## What can go wrong
@@ -782,7 +796,7 @@ plt.show()
 # - Measured with one head on three sets: no choice of layers, neighbourhood or size moves image AUROC
 #   by more than two points; a neighbourhood of 3 x 3 lowers AUPRO in nine of nine pairs.
 # - Preset `paper` is the same pieces with other numbers. By a count of multiplications its training
-#   costs about 2,300 times that of one head here; it has not been measured to its end.
+#   costs about 2,300 times that of one head here. Run once to its end, it reached 93.7 on bottle.
 #
 # ## References
 #
