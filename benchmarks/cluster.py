@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -77,10 +76,13 @@ def rows(folder: Path) -> dict[str, tuple[str, float | None]]:
 
 def used() -> float:
     """Megabytes in the object stores of all machines."""
-    from ray._private.internal_api import memory_summary
+    import ray
 
-    (text,) = re.findall(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True))
-    return float(text)
+    whole, left = (
+        resources().get("object_store_memory", 0.0)
+        for resources in (ray.cluster_resources, ray.available_resources)
+    )
+    return (whole - left) / 1e6
 
 
 def loss(home: Path, count: int) -> dict[str, Any]:
@@ -115,13 +117,15 @@ def loss(home: Path, count: int) -> dict[str, Any]:
             import ray
 
             ray.init(cluster.address, log_to_driver=False, namespace="watch")
-            whole = True
-            while not finished.wait(0.5):
-                memory.append(used())
-                if whole and output.is_dir() and any(output.glob("[!.]*")):
-                    cluster.remove_node(lost, allow_graceful=False)
-                    whole = False
-            ray.shutdown()
+            try:
+                whole = True
+                while not finished.wait(0.5):
+                    memory.append(used())
+                    if whole and output.is_dir() and any(output.glob("[!.]*")):
+                        cluster.remove_node(lost, allow_graceful=False)
+                        whole = False
+            finally:
+                ray.shutdown()
 
         thread = threading.Thread(target=watch)
         thread.start()

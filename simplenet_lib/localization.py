@@ -428,7 +428,7 @@ def judge(
     maps_of_heads, description = over_tiles(images, config.tile, look)
     scores = model.committee(maps_of_heads.permute(3, 0, 1, 2))
     drift = model.drift(description)
-    maps = maps_of(model, scores)
+    maps = scaled_maps(scores, config, model.typical, model.threshold)
     highest = image_score(maps)
     if not highest.isfinite().all():
         raise SimpleNetError(
@@ -438,16 +438,16 @@ def judge(
 
 
 @torch.inference_mode()
-def maps_of(model: SimpleNet, scores: Tensor) -> Tensor:
-    """Anomaly maps (N, H, W) of a committee's score maps (N, h, w): 0 is typical, 1 the threshold.
+def scaled_maps(scores: Tensor, config: Config, typical: float, threshold: float) -> Tensor:
+    """Anomaly maps (N, H, W) of score maps (N, h, w), on the scale of typical, 0, and threshold, 1.
 
     Examples
     --------
-    >>> maps_of(model, torch.zeros(2, 8, 8)).shape
-    torch.Size([2, 32, 32])
+    >>> scaled_maps(torch.zeros(2, 8, 8), model.config, typical=1.0, threshold=2.0).unique()
+    tensor([-1.])
     """
-    config = model.config
-    return model.in_units(anomaly_map(scores, config.seen, config.smoothing)).cpu()
+    maps = anomaly_map(scores, config.seen, config.smoothing)
+    return ((maps - typical) / (threshold - typical)).cpu()
 
 
 def predict(
@@ -483,13 +483,13 @@ def predict(
                 sample = dataset.samples[index]
                 # Of an image without a mask all share one pixel: there may be thousands.
                 kept = mask.copy() if sample.mask else np.broadcast_to(np.False_, mask.shape)
-                draw = partial(_map_of, model, scores)
+                draw = partial(_one_map, scores, model.config, model.typical, model.threshold)
                 yield Prediction(sample, score, score > 1, draw, kept, unfamiliar)
                 bar.update()
 
 
-def _map_of(model: SimpleNet, scores: Tensor) -> Map:
-    map_: Map = maps_of(model, scores[None])[0].numpy()
+def _one_map(scores: Tensor, *scale: Any) -> Map:
+    map_: Map = scaled_maps(scores[None], *scale)[0].numpy()
     return map_
 
 

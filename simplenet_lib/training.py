@@ -35,7 +35,7 @@ from simplenet_lib.features import (
     cached_features,
     digest_of_images,
 )
-from simplenet_lib.localization import anomaly_map, image_score, maps_of, threshold
+from simplenet_lib.localization import anomaly_map, image_score, scaled_maps, threshold
 from simplenet_lib.loss import cross_entropy_loss, margin_loss
 from simplenet_lib.model import Head, SimpleNet, check_tensors, read_checkpoint, write_checkpoint
 from simplenet_lib.noise import random_seed
@@ -597,7 +597,7 @@ def cached_maps(model: SimpleNet, features: FeatureMaps, images: Sequence[int]) 
     torch.Size([6, 32, 32])
     """
     scores = model.committee(score_maps(model, features, images, range(len(model.heads))))
-    return maps_of(model, scores)
+    return scaled_maps(scores, model.config, model.typical, model.threshold)
 
 
 def without_each(values: Tensor) -> Tensor:

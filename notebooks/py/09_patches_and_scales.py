@@ -612,8 +612,8 @@ for look in looks:
 
 # %% [markdown]
 # The last look counts: 93.7, where the paper has 100 with a wider backbone. The loss hardly leaves 1, what an answer of 0
-# to everything costs. Chapter 7 shows why: these features spread over much more than the noise of 0.015. And it
-# shows what the choice of the step is worth: the best look at the test images has 99.8.
+# to everything costs. Chapter 7 shows why: these features spread over much more than the noise of 0.015. And see
+# what choosing the step by the test images would be worth: the best look has 99.8.
 #
 #
 # ## What can go wrong
