@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -220,6 +221,7 @@ def evaluation(_: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         drawn, large = generate(Path(folder) / "small") / "nut", Path(folder) / "large/nut"
         model.save(Path(folder) / "model.safetensors")
+        shutil.copytree(drawn / "train", large / "train")  # a category has it
         good = sorted(drawn.glob("test/good/*"))
         bad = sorted(set(drawn.glob("test/*/*")) - set(good))
         for files in (good, bad):
