@@ -378,7 +378,7 @@ def is_category(folder: Path) -> bool:
     inside = {path.name.lower(): path for path in _folders(folder)}
     if "data" in inside and inside.keys() == {"data"}:
         return any(path.name.lower() == "images" for path in _folders(inside["data"]))
-    if inside.keys() & TRAIN:
+    if inside.keys() & TRAIN or (inside.keys() & TEST and inside.keys() & MASKS):
         return True
     below = {path.name.lower() for one in inside.values() for path in _folders(one)}
     return any(map(kind_of, inside)) and not below & TRAIN  # those are categories, beside others

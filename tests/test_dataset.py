@@ -343,6 +343,12 @@ def test_unsigned_numbers_beyond_what_pillow_reads_are_not_taken_for_black(tmp_p
             read_image(path)
 
 
+def test_a_category_without_training_images_is_one_if_it_has_masks(root):
+    shutil.rmtree(root / "part/train")
+    assert is_category(root / "part") and categories(root) == ["part"]
+    assert len(AnomalyDataset(root, "part", "test", TRANSFORM)) == 5
+
+
 def test_floating_point_not_a_number_and_infinity(tmp_path):
     values = np.array([[0, 0.5, 1, np.nan, np.inf, -np.inf, -3, 0.25]] * 4, dtype=np.float32)
     Image.fromarray(values).save(tmp_path / "float.tiff")
