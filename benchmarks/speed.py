@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -84,9 +83,9 @@ def fresh_cache() -> Iterator[Path]:
                 os.environ["SIMPLENET_CACHE"] = before
 
 
-def new_model() -> SimpleNet:
+def new_model(ratio: float = 0.0) -> SimpleNet:
     """Preset ``fast`` with untrained heads, for what does not depend on what it learned."""
-    config = preset("fast")
+    config = preset("fast", ratio=ratio)
     model = SimpleNet(config, find_weights(config.backbone)).eval()
     model.typical, model.threshold = 0.0, 1.0
     return model.to(DEVICE)
@@ -158,11 +157,9 @@ def inference(_: Path | None) -> dict[str, Any]:
 
 def megapixels(_: Path | None) -> dict[str, Any]:
     """JPEG photos of 12 megapixels, from file to verdict, over the bare backbone alone."""
-    config = preset("fast", ratio=0.75)
-    model = SimpleNet(config, find_weights(config.backbone)).eval().to(DEVICE)
-    model.typical, model.threshold = 0.0, 1.0
+    model = new_model(ratio=0.75)
     bare = bare_backbones()["eager"]
-    images = torch.rand(FEATURE_BATCH, 3, *config.seen, device=DEVICE)
+    images = torch.rand(FEATURE_BATCH, 3, *model.config.seen, device=DEVICE)
     count = 8 * FEATURE_BATCH
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +182,7 @@ def megapixels(_: Path | None) -> dict[str, Any]:
         return {
             "pixels": [4000, 3000],
             "megabytes": file.stat().st_size / 1e6,
-            "seen": list(config.seen),
+            "seen": list(model.config.seen),
             "ms_an_image": {"ours": 1000 * predicted / count, "bare": 1000 * backbone / count},
             "ratio": predicted / backbone,
         }
@@ -221,23 +218,20 @@ def evaluation(_: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         drawn, large = generate(Path(folder) / "small") / "nut", Path(folder) / "large/nut"
         model.save(Path(folder) / "model.safetensors")
-        shutil.copytree(drawn / "train", large / "train")  # a category has it
         good = sorted(drawn.glob("test/good/*"))
         bad = sorted(set(drawn.glob("test/*/*")) - set(good))
         for files in (good, bad):
             for number in range(count // 2):  # the same ones again and again cost as much
-                kind = files[number % len(files)].parent.name
-                wanted = [(f"test/{kind}", files[number % len(files)], "")]
-                if files is bad:
-                    mask = drawn / f"ground_truth/{kind}/{wanted[0][1].stem}_mask.png"
-                    wanted.append((f"ground_truth/{kind}", mask, "_mask"))
-                for place, file, suffix in wanted:
-                    path = large / place / f"{number:04}{suffix}.png"
+                first = number % len(files)
+                image = files[first]
+                mask = drawn / "ground_truth" / image.parent.name / f"{image.stem}_mask.png"
+                for file, suffix in ((image, ""), (mask, "_mask"))[: 2 if files is bad else 1]:
+                    path = large / file.parent.relative_to(drawn) / f"{number:04}{suffix}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    if number < len(files):
+                    if number == first:
                         Image.open(file).resize((side, side), Image.Resampling.NEAREST).save(path)
                     else:
-                        os.link(path.with_name(f"{number % len(files):04}{suffix}.png"), path)
+                        os.link(path.with_name(f"{first:04}{suffix}.png"), path)
         command = [sys.executable, "-m", "simplenet_lib.cli", "evaluate"]
         command += [str(Path(folder) / "model.safetensors"), "--data", str(large)]
         start = time.perf_counter()

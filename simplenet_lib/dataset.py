@@ -368,7 +368,7 @@ def _base(stem: str) -> str:
 
 
 def is_category(folder: Path) -> bool:
-    """Whether a folder has inside what makes a category: train, OK, NG, or VisA's Data.
+    """Whether a folder has what makes a category: train, test and masks, OK, NG, or VisA's Data.
 
     Examples
     --------
@@ -1300,6 +1300,7 @@ def _read(
     sample: Sample, data: bytes | None = None, white: float = 0, keep: Size | None = None
 ) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
+    data = read_file(sample.image) if data is None else data
     picture = read_image(sample.image, data, white, keep)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
@@ -1312,7 +1313,7 @@ def _read(
     return picture, mask
 
 
-def _whole_size(picture: Image.Image, path: Path, data: bytes | None) -> Size:
+def _whole_size(picture: Image.Image, path: Path, data: bytes) -> Size:
     """Width and height of what ``picture`` was decoded from, if need be at a smaller size."""
     size, orientation = _header(path, data)
     if sorted(size) == sorted(picture.size):

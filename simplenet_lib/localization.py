@@ -447,7 +447,18 @@ def scaled_maps(scores: Tensor, config: Config, typical: float, threshold: float
     tensor([-1.])
     """
     maps = anomaly_map(scores, config.seen, config.smoothing)
-    return ((maps - typical) / (threshold - typical)).cpu()
+    return in_units(maps, typical, threshold).cpu()
+
+
+def in_units(values: Tensor, typical: float, threshold: float) -> Tensor:
+    """Values on the scale of typical, 0, and threshold, 1.
+
+    Examples
+    --------
+    >>> in_units(torch.tensor([1.0, 2.0, 3.0]), typical=1.0, threshold=3.0)
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    return (values - typical) / (threshold - typical)
 
 
 def predict(

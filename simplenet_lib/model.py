@@ -20,7 +20,7 @@ from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.discriminator import Discriminator
 from simplenet_lib.drift import Drift
 from simplenet_lib.features import FrozenFeatures, Standardise, around
-from simplenet_lib.localization import Result, Source, results
+from simplenet_lib.localization import Result, Source, in_units, results
 from simplenet_lib.noise import add_noise, random_seed
 from simplenet_lib.weights import Weights, find_weights
 
@@ -218,7 +218,7 @@ class SimpleNet(nn.Module):
 
     def in_units(self, values: Tensor) -> Tensor:
         """Anomaly maps or image scores on the scale of typical, 0, and threshold, 1."""
-        return (values - self.typical) / (self.threshold - self.typical)
+        return in_units(values, self.typical, self.threshold)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Everything that training found; the backbone is not part of it."""

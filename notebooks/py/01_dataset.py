@@ -77,6 +77,7 @@ from simplenet_lib.dataset import (
     _whole_size,
     enough,
     image_files,
+    read_file,
     read_image,
     read_mask,
 )
@@ -365,6 +366,7 @@ def _read(
     sample: Sample, data: bytes | None = None, white: float = 0, keep: Size | None = None
 ) -> tuple[Image.Image, Image.Image]:
     """Read an image and its mask, empty if it has none, which must have the same size."""
+    data = read_file(sample.image) if data is None else data
     picture = read_image(sample.image, data, white, keep)
     if sample.mask is None:
         return picture, Image.new("L", picture.size)
