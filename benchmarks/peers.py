@@ -1,13 +1,14 @@
 """SimpleNet beside detectors of anomalib: same machine, same images, same backbone.
 
-    python benchmarks/peers.py ROOT/CATEGORY [NAME ...] [--environment FOLDER]
+    python benchmarks/peers.py ROOT/CATEGORY [NAME ...] [--python FILE]
 
-NAME is a key of DETECTORS or METRICS; all of them without one. anomalib is installed into an
-environment of its own, a temporary one unless FOLDER is given. Every detector runs in
-a process of its own, with batches of eight, images of 320 px and, where it can take one,
-the same ResNet-50. anomalib's networks are driven by plain loops: no time is lost in its
-trainer. What would take hours is worked out from a measured part, and says so. Writes
-``results/bench/peers.json``. Run it on a machine that does nothing else.
+NAME is a key of DETECTORS or METRICS; all of them without one. anomalib is installed into a
+temporary environment, unless FILE is the interpreter of one that has it and this library. Every
+detector runs in a process of its own, on a CUDA GPU if there is one, with batches of eight,
+images of 320 px and, where it can take one, the same ResNet-50. anomalib's networks are driven
+by plain loops: no time is lost in its trainer. What would take hours is worked out from a
+measured part, and says so. Writes ``peers.json`` into ``results/bench``, or ``results/bench/gpu``.
+Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -23,13 +24,30 @@ import subprocess
 import tempfile
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-OUTPUT = Path("results/bench/peers.json")
-PACKAGES = ("anomalib==2.7.0", "torch==2.15.0", "torchvision==0.29.2")
+OUTPUT = Path("results/bench")
+PACKAGES = {"anomalib": "2.7.0", "torch": "2.15.0", "torchvision": "0.29.2"}
 SIDE = 320
+
+
+def device() -> str:
+    """Where detectors run."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def now() -> float:
+    """Seconds, once all work on a GPU is done."""
+    import torch
+
+    if device() == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Data:
@@ -43,7 +61,11 @@ class Data:
 
         config = preset("fast", resize=SIDE, crop=SIDE, ratio=1.0)
         self.normal, self.test, self.config = datasets(folder.parent, folder.name, config)
-        self.batches = DataLoader(self.normal, batch_size=8)
+        self.loader = DataLoader(self.normal, batch_size=8)
+
+    def batches(self) -> Iterator[Any]:
+        """Batches of normal images on the device."""
+        return (batch["image"].to(device()) for batch in self.loader)
 
 
 def backbone() -> Any:
@@ -59,16 +81,16 @@ def simplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     from simplenet_lib.localization import anomaly_map, image_score
     from simplenet_lib.training import train
 
-    start = time.perf_counter()
+    start = now()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["SIMPLENET_CACHE"] = cache
-        model = train(data.normal, data.config, progress=False).model
+        model = train(data.normal, data.config, device=device(), progress=False).model
 
     def detect(images: Any) -> Any:
         maps = anomaly_map(model(images), data.config.seen, data.config.smoothing)
         return image_score(maps), maps
 
-    return detect, {"train_seconds": time.perf_counter() - start}
+    return detect, {"train_seconds": now() - start}
 
 
 def patchcore(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
@@ -76,15 +98,15 @@ def patchcore(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     import torch
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
-    start = time.perf_counter()
-    model = PatchcoreModel(layers=("layer2", "layer3"), backbone=backbone())
+    start = now()
+    model = PatchcoreModel(layers=("layer2", "layer3"), backbone=backbone()).to(device())
     model.train()
     with torch.inference_mode():
-        for batch in data.batches:
-            model(batch["image"])
-        collected = time.perf_counter()
+        for images in data.batches():
+            model(images)
+        collected = now()
         model.subsample_embedding(0.01)
-        chosen = time.perf_counter()
+        chosen = now()
     model.eval()
     found = {
         "train_seconds": chosen - start,
@@ -100,15 +122,15 @@ def padim(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     from anomalib.models.image.padim.torch_model import PadimModel
 
     torch.manual_seed(0)
-    start = time.perf_counter()
-    model = PadimModel(backbone(), ["layer1", "layer2", "layer3"], n_features=100)
+    start = now()
+    model = PadimModel(backbone(), ["layer1", "layer2", "layer3"], n_features=100).to(device())
     model.train()
     with torch.inference_mode():
-        for batch in data.batches:
-            model(batch["image"])
+        for images in data.batches():
+            model(images)
         model.fit()
     model.eval()
-    found = {"train_seconds": time.perf_counter() - start, "note": "100 channels of ResNet-50"}
+    found = {"train_seconds": now() - start, "note": "100 channels of ResNet-50"}
     return scored(model), found
 
 
@@ -119,21 +141,20 @@ def supersimplenet(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     from anomalib.models.image.supersimplenet.torch_model import SupersimplenetModel
 
     torch.manual_seed(0)
-    model = SupersimplenetModel(backbone=backbone(), layers=["layer2", "layer3"])
+    model = SupersimplenetModel(backbone=backbone(), layers=["layer2", "layer3"]).to(device())
     loss_of = SSNLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    batch = next(iter(data.batches))
-    count = len(batch["image"])
+    images = next(data.batches())
+    masks, labels = images.new_zeros(len(images), SIDE, SIDE), images.new_zeros(len(images))
     model.train()
 
     def step() -> None:
-        masks, labels = torch.zeros(count, SIDE, SIDE), torch.zeros(count)
-        loss = loss_of(*model(batch["image"], masks, labels))
+        loss = loss_of(*model(images, masks, labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return scored(model), worked_out(model, step, 300 * len(data.batches))
+    return scored(model), worked_out(model, step, 300 * len(data.loader))
 
 
 def efficientad(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
@@ -145,10 +166,10 @@ def efficientad(data: Data) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     import torch
     from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
 
-    model = EfficientAdModel()
+    model = EfficientAdModel().to(device())
     trained = [*model.student.parameters(), *model.ae.parameters()]
     optimizer = torch.optim.Adam(trained, lr=1e-4, weight_decay=1e-5)
-    image = data.normal[0]["image"][None]
+    image = data.normal[0]["image"][None].to(device())
     for name, like in (("mean", torch.zeros_like), ("std", torch.ones_like)):
         model.mean_std[name].data = like(model.mean_std[name])
     model.train()
@@ -177,9 +198,9 @@ def worked_out(model: Any, step: Callable[[], None], steps: int) -> dict[str, An
     step()
     taken = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = now()
         step()
-        taken.append(time.perf_counter() - start)
+        taken.append(now() - start)
     model.eval()
     one = statistics.median(taken)
     return {
@@ -206,20 +227,31 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     scores, maps, masks, seconds = [], [], [], []
     images = range(3) if found.pop("untrained", False) else range(len(data.test))
     with torch.inference_mode():
-        detect(data.test[0]["image"][None])
+        detect(data.test[0]["image"][None].to(device()))
         for index in images:
             item = data.test[index]
-            start = time.perf_counter()
-            score, map_ = detect(item["image"][None])
-            seconds.append(time.perf_counter() - start)
+            start = now()
+            score, map_ = detect(item["image"][None].to(device()))
+            seconds.append(now() - start)
             scores.append(float(score.flatten()[0]))
-            maps.append(map_.reshape(SIDE, SIDE).float().numpy())
+            maps.append(map_.reshape(SIDE, SIDE).float().cpu().numpy())
             masks.append(item["mask"].numpy())
+        for count in (8, 64) if device() == "cuda" else ():  # one image leaves most of it idle
+            some = torch.stack([data.test[index]["image"] for index in range(count)])
+            taken = []
+            for _ in range(5):
+                start = now()
+                detect(some.to(device()))
+                taken.append(now() - start)
+            found[f"image_ms_of_{count}"] = 1000 * statistics.median(taken) / count
     if len(scores) == len(data.test):
         labels = np.array([sample.label for sample in data.test.samples])
         found |= image_metrics(labels, np.array(scores)) | pixel_metrics(masks, maps)
     found["image_ms"] = 1000 * statistics.median(seconds)
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if device() == "cuda":
+        found["peak_gb_of_the_gpu"] = torch.cuda.max_memory_allocated() / 1e9
+        found["gpu"] = torch.cuda.get_device_name()
     return found
 
 
@@ -271,11 +303,11 @@ METRICS = {
 
 def install(environment: Path) -> Path:
     """An environment with anomalib and this library; its interpreter."""
+    venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
-    if not python.is_file():
-        venv.create(environment, with_pip=True)
     root = Path(__file__).parents[1]
-    command = [python, "-m", "pip", "install", "--quiet", "--editable", root, *PACKAGES]
+    packages = [f"{name}=={wanted}" for name, wanted in PACKAGES.items()]
+    command = [python, "-m", "pip", "install", "--quiet", "--editable", root, *packages]
     subprocess.run(command, check=True)
     return python
 
@@ -285,17 +317,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", choices=[[], *DETECTORS, *METRICS])
-    parser.add_argument("--environment", type=Path)
+    parser.add_argument("--python", type=Path)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         (name,) = arguments.names
         work = METRICS[name] if name in METRICS else functools.partial(measure, name)
-        print(json.dumps(work(arguments.folder)))
+        packages = [f"{name}=={version(name)}" for name in PACKAGES]
+        print(json.dumps({**work(arguments.folder), "packages": packages}))
         return
-    report: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
+    output = OUTPUT / ("gpu/peers.json" if device() == "cuda" else "peers.json")
+    report: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
-        python = install(arguments.environment or Path(temporary))
+        python = arguments.python or install(Path(temporary))
         for name in arguments.names or (*DETECTORS, *METRICS):
             command = [python, __file__, str(arguments.folder), name, "--measure"]
             variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as our command does
@@ -305,9 +339,10 @@ def main() -> None:
             report[name] = json.loads(done.stdout.splitlines()[-1])
             print(name, report[name])
             report["images"] = f"{arguments.folder.name}, {SIDE} px"
-            report["packages"] = PACKAGES
+            report["packages"] = report[name].pop("packages")
             report["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-            OUTPUT.write_text(json.dumps(report, indent=2) + "\n")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 NAME is a function of this file; all of them without one. ``quality`` and
 ``load`` need ``--data`` and are left out without it. Writes one JSON each to
-``results/bench``. Run it on a machine that does nothing else. The bare backbone is
-torchvision's network up to the last layer in use, without anything of ours.
+``results/bench``, from a machine with a CUDA GPU to ``results/bench/gpu``. Run it on a machine
+that does nothing else. The bare backbone is torchvision's network up to the last layer in use,
+without anything of ours.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ from simplenet_lib.synthetic import generate
 from simplenet_lib.training import train
 from simplenet_lib.weights import find_weights
 
-OUTPUT = Path("results/bench")
 #: Variables of the environment with which PyTorch runs as it comes: none of the command's.
 PLAIN = {"THP_MEM_ALLOC_ENABLE": "0"} | dict.fromkeys((name for name, *_ in MALLOC), "")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OUTPUT = Path("results/bench/gpu" if DEVICE == "cuda" else "results/bench")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -123,7 +124,7 @@ def inference(_: Path | None) -> dict[str, Any]:
         file = Path(folder) / "model.onnx"
         export_onnx(model, file)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        for batch in (8, 1):
+        for batch in (64, 8, 1) if DEVICE == "cuda" else (8, 1):
             pixels = torch.rand(batch, 3, *model.config.seen, device=DEVICE)
             on_host = pixels.cpu().numpy()
             taken: dict[str, float] = {}
@@ -415,7 +416,7 @@ def quality(folder: Path | None) -> dict[str, Any]:
         "import sys, torch\n"
         "sys.path.insert(0, 'benchmarks')\n"
         "from pathlib import Path\n"
-        "from speed import bare_backbones, seconds\n"
+        "from speed import DEVICE, bare_backbones, seconds\n"
         "from simplenet_lib.benchmark import datasets\n"
         "from simplenet_lib.config import preset\n"
         "from simplenet_lib.features import FEATURE_BATCH\n"
@@ -424,8 +425,8 @@ def quality(folder: Path | None) -> dict[str, Any]:
         "images = torch.stack([normal[index]['image'] for index in range(len(normal))])\n"
         "parts, bare = images.split(FEATURE_BATCH), bare_backbones()['channels_last']\n"
         "with torch.inference_mode():\n"
-        "    bare(parts[0])\n"
-        "    print(seconds(lambda: [bare(part) for part in parts]))\n"
+        "    bare(parts[0].to(DEVICE))\n"
+        "    print(seconds(lambda: [bare(part.to(DEVICE)) for part in parts]))\n"
     )
     rounds = []
     for _ in range(3):

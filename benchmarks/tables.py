@@ -134,13 +134,13 @@ def speed() -> str:
     return "\n".join(lines)
 
 
-def peers() -> str:
-    """Detectors of anomalib beside this library, on the same images of bottle."""
+def peers(folder: str = "") -> str:
+    """Detectors of anomalib beside this library, on the same images of one category."""
     lines = [
         "| detector | image AUROC | pixel AUROC | AUPRO | training | one image, ms | memory, GB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, run in measured("peers").items():
+    for name, run in measured(f"{folder}peers").items():
         if isinstance(run, dict) and "image_ms" in run:
             metrics = [
                 f"{100 * run[metric]:.1f}" if metric in run else "–"
@@ -149,9 +149,48 @@ def peers() -> str:
             training = f"{run['train_seconds']:.0f} s"
             if "worked out" in run.get("note", ""):
                 training = f"about {run['train_seconds'] / 3600:.0f} h"
-            cells = [name, *metrics, training, f"{run['image_ms']:.0f}", f"{run['peak_gb']:.1f}"]
+            memory = run.get("peak_gb_of_the_gpu", run["peak_gb"])
+            cells = [name, *metrics, training, f"{run['image_ms']:.0f}", f"{memory:.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def gpu_speed() -> str:
+    """Images a second on a GPU: this library, the bare backbone, PatchCore of anomalib."""
+    found = measured("gpu/inference")
+    rows = {
+        "this library, 384 px": "ours",
+        "bare backbone, 384 px": "bare_channels_last",
+        "this library, compiled": "ours_compiled",
+        "bare backbone, compiled": "bare_compiled",
+    }
+    lines = ["| images at a time | 1 | 8 | 64 |", "|---|---|---|---|"]
+    for words, name in rows.items():
+        times = [found[f"batch_{count}"]["ms_an_image"][name] for count in (1, 8, 64)]
+        lines.append(per_second(words, times))
+    for name in ("simplenet", "patchcore"):
+        run = measured("gpu/peers")[name]
+        words = {"simplenet": "this library, 320 px", "patchcore": "PatchCore, 320 px"}[name]
+        lines.append(per_second(words, [run[f"image_ms{of}"] for of in ("", "_of_8", "_of_64")]))
+    return "\n".join(lines)
+
+
+def gpu_training() -> str:
+    """Where the time of a category goes, on two cores and on a GPU."""
+    cores, gpu = measured("quality"), measured("gpu/screw-fast-0")
+    lines = ["| screw, s | two cores | H100 |", "|---|---|---|"]
+    for words, name, other in (
+        ("features of 320 photos", "features_seconds", "seconds_features"),
+        ("five heads and threshold", "training_seconds", "seconds_training"),
+        ("160 test photos, metrics included", "evaluation_seconds", "seconds_evaluation"),
+    ):
+        lines.append(f"| {words} | {cores[name]:.0f} | {gpu[other]:.1f} |")
+    return "\n".join(lines)
+
+
+def per_second(words: str, milliseconds: list[float]) -> str:
+    """A line of images a second."""
+    return f"| {words} | {' | '.join(f'{1000 / one:,.0f}' for one in milliseconds)} |"
 
 
 def tiles() -> str:
@@ -210,6 +249,9 @@ TABLES = {
         "tiles": tiles,
         "speed": speed,
         "peers": peers,
+        "gpu": gpu_speed,
+        "gpu training": gpu_training,
+        "gpu peers": lambda: peers("gpu/"),
     },
 }
 
