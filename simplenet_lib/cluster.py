@@ -359,7 +359,8 @@ def _judge_all(
             pa.table({"image": [os.fsencode(photo) for photo in photos[at : at + size]]})
             for at in range(0, len(photos), size)
         ]
-        done = ray.data.from_arrow(parts).map_batches(
+        # As blocks: of tables Ray would first have workers look how large they are.
+        done = ray.data.from_blocks(parts).map_batches(
             _Judge,
             fn_constructor_kwargs=settings
             | {"device": device, "max_pixels": Image.MAX_IMAGE_PIXELS},
