@@ -23,9 +23,9 @@ from torch import Tensor
 from simplenet_lib.baselines import PatchCore, PixelGaussian, PositionGaussian
 from simplenet_lib.benchmark import compare, datasets
 from simplenet_lib.config import Config, preset
-from simplenet_lib.dataset import AnomalyDataset
+from simplenet_lib.dataset import AnomalyDataset, own_part, upright_size
 from simplenet_lib.features import FeatureMaps, Standardise, cached_features
-from simplenet_lib.localization import Prediction, anomaly_map, image_score
+from simplenet_lib.localization import Prediction, anomaly_map
 from simplenet_lib.model import SimpleNet
 from simplenet_lib.training import cached_maps, train
 from simplenet_lib.weights import find_weights
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "margin loss": {"loss": "margin"},
     "zeros at the border": {"border": "zeros"},
     "one unit for all positions": {"position_units": False},
-    "squashed to a square": {"ratio": 1.0},
+    "seen in a square": {"ratio": 1.0},
     "320 pixels": {"resize": 320, "crop": 320, "smoothing": 5.0},
     "no neighbourhood": {"neighbourhood": 1},
     "no averaging": {"averaging": 0.0},
@@ -60,23 +60,20 @@ BASELINES: dict[str, Callable[[int], Any]] = {
 
 
 def report(
-    folder: Path, name: str, seed: int, test: AnomalyDataset, maps: Tensor
+    folder: Path, name: str, config: Config, test: AnomalyDataset, maps: Tensor
 ) -> dict[str, object]:
     """What is written of a run; ``maps`` are the anomaly maps of the test images."""
-    scores = image_score(maps).tolist()
-    predictions = [
-        Prediction(
-            sample, score, score > 1, lambda map_=map_: map_, test[index]["mask"].numpy(), []
-        )
-        for index, (sample, score, map_) in enumerate(
-            zip(test.samples, scores, maps.numpy(), strict=True)
-        )
-    ]
+    predictions = []
+    for index, (sample, map_) in enumerate(zip(test.samples, maps.numpy(), strict=True)):
+        own = own_part(*upright_size(sample), config)
+        map_, mask = map_[own], test[index]["mask"].numpy()[own]
+        score = float(map_.max())
+        predictions.append(Prediction(sample, score, score > 1, lambda map_=map_: map_, mask, []))
     return {
         "dataset": folder.parent.resolve().name,
         "category": folder.name,
         "variant": name,
-        "seed": seed,
+        "seed": config.seed,
         **border_shares([p.map for p in predictions if not p.sample.label]),
         **compare(predictions),
     }
@@ -87,12 +84,15 @@ def border_shares(maps: list[np.ndarray[Any, Any]]) -> dict[str, float]:
 
     The two are equal for a detector that treats the border as it treats the middle.
     """
-    inside = np.zeros(maps[0].shape, dtype=bool)
-    inside[MARGIN:-MARGIN, MARGIN:-MARGIN] = True
-    maxima = [not inside.flat[map_.argmax()] for map_ in maps]
+    maxima, areas = [], []
+    for map_ in maps:
+        inside = np.zeros(map_.shape, dtype=bool)
+        inside[MARGIN:-MARGIN, MARGIN:-MARGIN] = True
+        maxima.append(not inside.flat[map_.argmax()])
+        areas.append(1 - inside.mean())
     return {
         "border_share_of_maxima": round(float(np.mean(maxima)), 3),
-        "border_share_of_area": round(float(1 - inside.mean()), 3),
+        "border_share_of_area": round(float(np.mean(areas)), 3),
     }
 
 
@@ -104,7 +104,7 @@ def run_variant(folder: Path, name: str, config: Config) -> dict[str, object]:
     features = cached_features(trained.model.features, test, trained.model.feature_key())
     maps = cached_maps(trained.model, features, range(len(test)))
     return {
-        **report(folder, name, config.seed, test, maps),
+        **report(folder, name, config, test, maps),
         "seconds_training": round(trained.seconds_training, 2),
         "changes": VARIANTS[name],
     }
@@ -151,7 +151,7 @@ def run_baseline(folder: Path, name: str, config: Config) -> dict[str, object]:
     # A distance has no 0 for normal: its mean takes that place outside of the map.
     maps = anomaly_map(scores - scores.mean(), config.seen, config.smoothing)
     return {
-        **report(folder, name, config.seed, test, maps),
+        **report(folder, name, config, test, maps),
         "seconds_training": round(fitted - start, 2),
         "ms_an_image_beyond_features": round(1000 * (scored - fitted) / len(test), 1),
     }

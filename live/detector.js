@@ -53,20 +53,63 @@ function pass(values, from, to, stride, outer) {
   return result;
 }
 
-// RGBA pixels as the network sees them: resized as torchvision does, the centre cut out, RGB.
+// dataset.fitted: height and width that a photo takes of the rectangle it stands in.
+function fitted(height, width, [h, w]) {
+  const wider = (width * h) / (height * w);
+  if (1 / 1.1 <= wider && wider <= 1.1) return [h, w];
+  return wider > 1 ? [Math.max(1, round(h / wider)), w] : [h, Math.max(1, round(w * wider))];
+}
+
+// Height and width of a photo resized and of what the network sees, which begins at `from` in it.
+function view({ width, height }, config) {
+  const whole = rectangle(config.resize, config.ratio), seen = rectangle(config.crop, config.ratio);
+  const taken = fitted(height, width, whole);
+  const from = whole.map((side, i) =>
+    round((side - seen[i]) / 2) - Math.floor((side - taken[i]) / 2));
+  return { taken, seen, from };
+}
+
+// dataset.seen_box in shares of the photo: left, top, width, height.
+function seenBox(photo, config) {
+  const { taken: [h, w], seen, from } = view(photo, config);
+  const [top, left] = from.map((at) => Math.max(at, 0));
+  const bottom = Math.min(from[0] + seen[0], h), right = Math.min(from[1] + seen[1], w);
+  return [left / w, top / h, (right - left) / w, (bottom - top) / h];
+}
+
+// The part of a map that shows the photo itself, and no mirror image of it: dataset.own_part.
+export function ownPart(map, photo, config) {
+  const { taken, seen, from } = view(photo, config);
+  const [top, left] = from.map((at) => Math.max(0, -at));
+  const [bottom, right] = from.map((at, i) => Math.min(seen[i], taken[i] - at));
+  const height = bottom - top, width = right - left, own = new Float32Array(height * width);
+  for (let y = 0; y < height; y++) {
+    const at = (top + y) * seen[1] + left;
+    own.set(map.subarray(at, at + width), y * width);
+  }
+  return { map: own, height, width };
+}
+
+// RGBA pixels as the network sees them: resized as torchvision does, between their mirror images
+// where their shape is another, the centre cut out, RGB.
 export function asSeen({ data, width, height }, config) {
-  const [h, w] = rectangle(config.resize, config.ratio);
-  const [seenH, seenW] = rectangle(config.crop, config.ratio);
+  const { taken: [h, w], seen: [seenH, seenW], from: [top, left] } = view({ width, height }, config);
   const rgb = new Uint8ClampedArray(width * height * 3);
   for (let i = 0, j = 0; i < data.length; i += 4) {
     rgb[j++] = data[i]; rgb[j++] = data[i + 1]; rgb[j++] = data[i + 2];
   }
   const small = pass(pass(rgb, width, w, 3, height), height, h, w * 3, 1);
-  const top = round((h - seenH) / 2), left = round((w - seenW) / 2);
+  const mirrored = (at, side) => {
+    const turn = 2 * side, place = ((at % turn) + turn) % turn;
+    return Math.min(place, turn - 1 - place);
+  };
   const pixels = new Uint8Array(seenH * seenW * 3);
-  for (let y = 0; y < seenH; y++) {
-    const at = ((y + top) * w + left) * 3;
-    pixels.set(small.subarray(at, at + seenW * 3), y * seenW * 3);
+  for (let y = 0, to = 0; y < seenH; y++) {
+    const row = mirrored(y + top, h) * w;
+    for (let x = 0; x < seenW; x++, to += 3) {
+      const at = (row + mirrored(x + left, w)) * 3;
+      for (let c = 0; c < 3; c++) pixels[to + c] = small[at + c];
+    }
   }
   return { pixels, height: seenH, width: seenW };
 }
@@ -158,13 +201,13 @@ export function anomalyMap(scores, [h, w], [height, width], smoothing) {
 
 export const highest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 
-// localization.judge, from all heads' score maps on.
-export function judge(maps, model) {
+// localization.judge, from all heads' score maps on, and where in the photo its map lies.
+export function judge(maps, model, photo) {
   const { config, centre, spread, level, scale, typical, threshold, grid } = model;
   const scores = meanOf(maps, maps.map((_, k) => k), centre, spread);
   for (let p = 0; p < scores.length; p++) scores[p] = (scores[p] - level[p]) / scale[p];
   const seen = rectangle(config.crop, config.ratio);
-  const map = anomalyMap(scores, grid, seen, config.smoothing);
-  for (let p = 0; p < map.length; p++) map[p] = (map[p] - typical) / (threshold - typical);
-  return { map, height: seen[0], width: seen[1], score: highest(map) };
+  const own = ownPart(anomalyMap(scores, grid, seen, config.smoothing), photo, config);
+  own.map = own.map.map((value) => (value - typical) / (threshold - typical));
+  return { ...own, score: highest(own.map), box: seenBox(photo, config) };
 }

@@ -1,5 +1,5 @@
 // What simplenet_lib.training does around the steps: folds, batches, first weights, calibration.
-import { anomalyMap, highest, meanOf, rectangle } from "./detector.js";
+import { anomalyMap, highest, meanOf, ownPart, rectangle } from "./detector.js";
 
 const FOLDS = 5, POSITION_IMAGES = 20, FLOOR = 0.3;
 
@@ -110,8 +110,9 @@ const withoutEach = (maps) => {
   return maps.map((map) => map.map((value, p) => (all[p] * n - value) / (n - 1)));
 };
 
-// training.calibrate, with one head a fold. maps[image][head] are score maps of all photos.
-export function calibrate(maps, folds, config, grid) {
+// training.calibrate, with one head a fold. maps[image][head] are score maps of all photos,
+// `photos` their widths and heights.
+export function calibrate(maps, folds, config, grid, photos) {
   const heads = maps[0].map((_, k) => k), seen = rectangle(config.crop, config.ratio);
   const places = grid[0] * grid[1], centre = [], spread = [];
   for (const k of heads) {
@@ -140,7 +141,7 @@ export function calibrate(maps, folds, config, grid) {
   }
   const scoreOf = (map, i) => {
     const units = map.map((value, p) => (value - levels[i][p]) / scales[i][p]);
-    return highest(anomalyMap(units, grid, seen, config.smoothing));
+    return highest(ownPart(anomalyMap(units, grid, seen, config.smoothing), photos[i], config).map);
   };
   let values = means.map(scoreOf);
   if (heads.length > 1) {

@@ -110,10 +110,7 @@ async function predict({ model: name, photo }) {
   const image = photo instanceof Blob ? await decode(photo) : photo;
   const layers = await outputs(image, model.config);
   const { maps } = await sessions["maps.onnx"].run({ ...layers, ...heads(model.fused) });
-  const result = judge(split(maps.data, model.config.heads), model);
-  const whole = rectangle(model.config.resize, model.config.ratio);
-  const shares = [result.height / whole[0], result.width / whole[1]];
-  return { ...result, box: [(1 - shares[1]) / 2, (1 - shares[0]) / 2, shares[1], shares[0]] };
+  return judge(split(maps.data, model.config.heads), model, image);
 }
 
 async function train({ photos, ratios, seed = 0 }, report, cancelled) {
@@ -123,12 +120,13 @@ async function train({ photos, ratios, seed = 0 }, report, cancelled) {
   const places = grid[0] * grid[1], C = page.channels, K = config.heads, B = config.batch_size;
   const started = performance.now(), seconds = {};
 
-  const features = [], sum = new Float64Array(C), squares = new Float64Array(C);
+  const features = [], sizes = [], sum = new Float64Array(C), squares = new Float64Array(C);
   for (const [i, photo] of photos.entries()) {
     report({ stage: "features", done: i, total: photos.length });
     await breathe();
     if (cancelled()) return null;
-    const layers = await outputs(await decode(photo), config);
+    const image = await decode(photo), layers = await outputs(image, config);
+    sizes.push({ width: image.width, height: image.height });
     const joined = await sessions["join.onnx"].run(layers);
     features.push(joined.vectors.data);
     for (let c = 0; c < C; c++) {
@@ -183,7 +181,7 @@ async function train({ photos, ratios, seed = 0 }, report, cancelled) {
     });
     maps.push(split(scores.data, K));
   }
-  const units = calibrate(maps, folds, config, grid);
+  const units = calibrate(maps, folds, config, grid, sizes);
   for (const name of ["centre", "spread", "level", "scale"]) tensors[name] = { data: units[name] };
   seconds.all = (performance.now() - started) / 1000;
 

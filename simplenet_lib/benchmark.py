@@ -246,8 +246,9 @@ def datasets(
     """The normal images, the test images if there are some, and the configuration for them.
 
     The photos keep their shape: where ``config.ratio`` is 0, the median of theirs takes
-    its place. So does white in photos of more than 8 bits, where ``config.white`` is 0, and
-    with tiles their side, unless ``config.resize`` was set.
+    its place, and those of another shape are not stretched to it. So does white in photos
+    of more than 8 bits, where ``config.white`` is 0, and with tiles their side, unless
+    ``config.resize`` was set.
 
     Parameters
     ----------

@@ -55,6 +55,7 @@ FORMATS = tuple(
 )
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 SUFFIXES |= {".jif", ".mpo"}
+STRETCH = 1.1  # at most: a photo of a more different shape keeps its own
 TURNED = (5, 6, 7, 8)  # EXIF orientations of a camera held upright
 SAMPLE_FORMAT = 339  # TIFF's tag; 1: unsigned
 PAGED = {".tif", ".tiff", ".gif", ".webp", ".apng"}  # may have several pages or frames
@@ -834,7 +835,8 @@ def make_transform(size: int | tuple[int, int], crop: int | tuple[int, int]) -> 
     """Resize, cut out the centre, normalise; image and mask together.
 
     The image is interpolated with antialiasing, the mask by its nearest pixel, so that it
-    keeps the values 0 and 1. A defect that no pixel is left of keeps one, at its centre.
+    keeps the values 0 and 1. A defect that no pixel is left of keeps one, at its centre. What
+    becomes of a photo of another shape :class:`ResizeBoth` says.
 
     Parameters
     ----------
@@ -881,6 +883,50 @@ def enough(transform: Transform) -> Size | None:
     return 2 * width, 2 * height
 
 
+def fitted(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width that a photo takes of the rectangle ``size``, in whose middle it stands.
+
+    All of it where the two shapes differ by a tenth or less, since a photo may be stretched so
+    much. One of another shape keeps its own and touches two sides.
+
+    Examples
+    --------
+    >>> fitted(480, 640, (304, 400)), fitted(480, 640, (304, 608))
+    ((304, 400), (304, 405))
+    """
+    wider = (width * size[0]) / (height * size[1])
+    if 1 / STRETCH <= wider <= STRETCH:
+        return size
+    if wider > 1:
+        return max(1, round(size[0] / wider)), size[1]
+    return size[0], max(1, round(size[1] * wider))
+
+
+def own_part(width: int, height: int, config: Config) -> tuple[slice, slice]:
+    """Rows and columns of what the network sees that show the photo, and no mirror image of it.
+
+    Examples
+    --------
+    >>> from simplenet_lib.config import preset
+    >>> own_part(640, 480, preset("fast"))
+    (slice(48, 336, None), slice(0, 384, None))
+    """
+    rows, columns = (
+        slice(max(start, 0), min(start + taken, seen))
+        for start, taken, seen in _places(width, height, config)
+    )
+    return rows, columns
+
+
+def _places(width: int, height: int, config: Config) -> list[tuple[int, int, int]]:
+    """Along rows and columns: where in the view a photo begins, how long it is, and the view."""
+    taken = fitted(height, width, config.size)
+    return [
+        ((whole - own) // 2 - round((whole - seen) / 2), own, seen)  # as CenterCrop rounds it
+        for whole, seen, own in zip(config.size, config.seen, taken, strict=True)
+    ]
+
+
 def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, int]:
     """The central part of a ``width`` x ``height`` image that the network sees.
 
@@ -892,16 +938,17 @@ def seen_box(width: int, height: int, config: Config) -> tuple[int, int, int, in
     Examples
     --------
     >>> from simplenet_lib.config import preset
-    >>> seen_box(640, 480, preset("paper"))
-    (39, 29, 599, 449)
+    >>> seen_box(640, 480, preset("paper", ratio=0.75))
+    (40, 27, 600, 453)
+    >>> seen_box(640, 480, preset("fast"))
+    (0, 0, 640, 480)
     """
-    edges = []
-    for length, whole, seen in zip(
-        (width, height), config.size[::-1], config.seen[::-1], strict=True
-    ):
-        offset = round((whole - seen) / 2)  # as CenterCrop rounds it
-        edges.append([round(length * at / whole) for at in (offset, offset + seen)])
-    (left, right), (top, bottom) = edges
+    (top, bottom), (left, right) = (
+        [round(length * min(max(at, 0), taken) / taken) for at in (-start, seen - start)]
+        for length, (start, taken, seen) in zip(
+            (height, width), _places(width, height, config), strict=True
+        )
+    )
     # Of an image of a few pixels at least one is seen.
     left, top = min(left, width - 1), min(top, height - 1)
     return left, top, max(right, left + 1), max(bottom, top + 1)
@@ -911,7 +958,8 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
     """Resize an image and its mask, of which no region is lost.
 
     The mask takes its nearest pixels. A connected region that none of them belongs to
-    keeps one pixel, where its middle was.
+    keeps one pixel, where its middle was. A photo of another shape than this rectangle, see
+    :func:`fitted`, stands in its middle, between its own mirror images.
 
     Examples
     --------
@@ -928,11 +976,21 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
         self, image: tv_tensors.Image, mask: tv_tensors.Mask
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Resize an image (3, h, w) and a mask of 0 and 1, (1, h, w)."""
-        small, marked = super().forward(image, mask)
-        if not mask.any():  # of a large photo, labelling takes longer than reading it
-            return small, marked
+        height, width = image.shape[1:]
+        taken = list(fitted(height, width, tuple(self.size)))
+        small = v2.functional.resize(image, taken, antialias=self.antialias)
+        marked = v2.functional.resize(mask, taken)
+        if mask.any():  # of a large photo, labelling takes longer than reading it
+            self._keep_regions(mask, marked)
+        if taken != list(self.size):
+            small, marked = (self._amid_mirrors(one) for one in (small, marked))
+        return small, marked
+
+    def _keep_regions(self, mask: tv_tensors.Mask, marked: tv_tensors.Mask) -> None:
         regions, count = ndimage.label(mask[0].numpy(), np.ones((3, 3)))
-        left = super().forward(tv_tensors.Mask(torch.from_numpy(regions)[None]))
+        left = v2.functional.resize(
+            tv_tensors.Mask(torch.from_numpy(regions)[None]), list(marked.shape[1:])
+        )
         lost = np.setdiff1d(np.arange(1, count + 1), left.numpy())
         places, of = np.argwhere(regions), regions[regions > 0]
         order = np.argsort(of, kind="stable")
@@ -940,7 +998,15 @@ class ResizeBoth(v2.Resize):  # type: ignore[misc]  # torchvision carries no typ
         middle = places[order[sum(ends) // 2]] + 0.5
         rows, columns = (middle * marked.shape[1:] / regions.shape).astype(int).T
         marked[0, rows, columns] = 1
-        return small, marked
+
+    def _amid_mirrors(self, values: Tensor) -> Tensor:
+        places = []
+        for whole, taken in zip(self.size, values.shape[1:], strict=True):
+            at = (torch.arange(whole) - (whole - taken) // 2) % (2 * taken)
+            places.append(torch.minimum(at, 2 * taken - 1 - at))
+        rows, columns = places
+        filled: Tensor = tv_tensors.wrap(values[:, rows[:, None], columns], like=values)
+        return filled
 
 
 def as_seen(picture: Image.Image, transform: Transform) -> Tensor:
@@ -956,6 +1022,19 @@ def as_seen(picture: Image.Image, transform: Transform) -> Tensor:
     return image.as_subclass(Tensor)
 
 
+def upright_size(sample: Sample) -> Size:
+    """Width and height of a photo, upright, as its file's header states them.
+
+    Examples
+    --------
+    >>> Image.new("RGB", (640, 480)).save(folder / "photo.png")
+    >>> upright_size(Sample(folder / "photo.png", "good"))
+    (640, 480)
+    """
+    size, orientation = _header(sample.image)
+    return size[::-1] if orientation in TURNED else size
+
+
 def shape_of(samples: Sequence[Sample]) -> tuple[float, float]:
     """Median height over width of some photos, upright, and median side √(height · width).
 
@@ -968,11 +1047,8 @@ def shape_of(samples: Sequence[Sample]) -> tuple[float, float]:
     >>> ratio, round(side)
     (0.75, 554)
     """
-    shapes = []
-    for sample in samples:
-        (width, height), orientation = _header(sample.image)
-        ratio = width / height if orientation in TURNED else height / width
-        shapes.append((ratio, math.sqrt(width * height)))
+    sizes = [upright_size(sample) for sample in samples]
+    shapes = [(height / width, math.sqrt(width * height)) for width, height in sizes]
     ratio, side = np.median(shapes, axis=0)
     return float(ratio), float(side)
 

@@ -115,7 +115,9 @@ def export_onnx(model: SimpleNet, path: Path) -> None:
     the threshold; any N. The file's metadata hold ``size`` and ``seen``, height and
     width in pixels to which an image is resized and of the centre then cut out, and
     the whole ``config``, all as JSON; its ``white`` is what is white in images of more
-    than 8 bits (:func:`simplenet_lib.dataset.as_rgb`).
+    than 8 bits (:func:`simplenet_lib.dataset.as_rgb`). Of an image of another shape, between
+    its mirror images (:func:`simplenet_lib.dataset.fitted`), the score is the maximum of its
+    own part of the map; ``score`` is that of the whole map.
 
     Raises
     ------

@@ -28,7 +28,9 @@ from simplenet_lib.dataset import (
     as_seen,
     enough,
     make_transform,
+    own_part,
     seen_box,
+    upright_size,
 )
 from simplenet_lib.drift import describe
 from simplenet_lib.features import ahead, at_once, batches, over_tiles
@@ -485,23 +487,25 @@ def predict(
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
         count, layer = at_once(model.config.tile), model.hidden_layer()
         for batch in batches(ahead(dataset.item, range(len(dataset)), count), count):
-            for index, mask, (scores, _, score, unfamiliar) in zip(
+            for index, mask, (scores, map_, _, unfamiliar) in zip(
                 batch["index"].tolist(),
                 batch["mask"].numpy(),
                 judge(model, batch["image"], layer),
                 strict=True,
             ):
                 sample = dataset.samples[index]
+                own = own_part(*upright_size(sample), model.config)
+                mask, score = mask[own], float(map_[own].max())
                 # Of an image without a mask all share one pixel: there may be thousands.
                 kept = mask.copy() if sample.mask else np.broadcast_to(np.False_, mask.shape)
-                draw = partial(_one_map, scores, model.config, model.typical, model.threshold)
+                draw = partial(_one_map, scores, own, model.config, model.typical, model.threshold)
                 yield Prediction(sample, score, score > 1, draw, kept, unfamiliar)
                 bar.update()
 
 
-def _one_map(scores: Tensor, *scale: Any) -> Map:
+def _one_map(scores: Tensor, own: tuple[slice, slice], *scale: Any) -> Map:
     map_: Map = scaled_maps(scores[None], *scale)[0].numpy()
-    return map_
+    return map_[own]
 
 
 def results(
@@ -571,8 +575,10 @@ def results(
                 if isinstance(one, SimpleNetError):
                     yield one
                 else:
-                    _, map_, score, unfamiliar = next(judged)
+                    _, map_, _, unfamiliar = next(judged)
                     _, picture, size = one
+                    map_ = map_[own_part(*size, config)]
+                    score = float(map_.max())
                     yield Result(
                         names[number], score, unfamiliar, size, threshold, map_, picture, config
                     )

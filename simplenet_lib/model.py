@@ -26,7 +26,7 @@ from simplenet_lib.weights import Weights, find_weights
 
 CHECKPOINT_FORMAT = "simplenet-3"
 SCALE = ("typical", "threshold")  # what normal images score
-FEATURES_FORMAT = 3  # of cached features: another number wherever they are computed otherwise
+FEATURES_FORMAT = 4  # of cached features: another number wherever they are computed otherwise
 INITIAL = 0  # stream of random numbers: the initial parameters
 
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from simplenet_lib.config import Config, SimpleNetError
-from simplenet_lib.dataset import ImageFiles
+from simplenet_lib.dataset import ImageFiles, own_part, upright_size
 from simplenet_lib.features import (
     FeatureMaps,
     Standardise,
@@ -556,7 +556,8 @@ def train(
         progress=progress,
     )
     model.drift.fit(torch.from_numpy(features.descriptions).to(device))
-    scores = calibrate(model.eval(), features, folds)
+    own = [own_part(*upright_size(sample), config) for sample in dataset.samples]
+    scores = calibrate(model.eval(), features, folds, own)
     return Trained(model, history, scores, seconds_features, time.perf_counter() - start)
 
 
@@ -613,7 +614,10 @@ def without_each(values: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def calibrate(
-    model: SimpleNet, features: FeatureMaps, folds: NDArray[np.int64]
+    model: SimpleNet,
+    features: FeatureMaps,
+    folds: NDArray[np.int64],
+    own: Sequence[tuple[slice, slice]] | None = None,
 ) -> NDArray[np.float32]:
     """Give the model its units: what normal images score in heads that have not seen them.
 
@@ -641,6 +645,9 @@ def calibrate(
         Cached features of all training images.
     folds : ndarray of int, (n,)
         See :func:`split_images`.
+    own : sequence of (slice, slice), optional
+        The part of each anomaly map that shows the photo itself, see
+        :func:`simplenet_lib.dataset.own_part`; the whole maps without it.
 
     Returns
     -------
@@ -694,7 +701,9 @@ def calibrate(
 
     def image_score_of(scores: Tensor, number: int) -> float:
         units = (scores - levels[number]) / scales[number]
-        return image_score(anomaly_map(units[None], config.seen, config.smoothing)).item()
+        maps = anomaly_map(units[None], config.seen, config.smoothing)
+        rows, columns = own[fresh[number]] if own else (slice(None), slice(None))
+        return image_score(maps[:, rows, columns]).item()
 
     values = np.array([image_score_of(scores, number) for number, scores in enumerate(means)])
     if count > 1:

@@ -18,9 +18,9 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from torchvision import models
 
-from simplenet_lib import plots
+from simplenet_lib import localization, plots
 from simplenet_lib.config import Config, SimpleNetError
-from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample, make_transform
+from simplenet_lib.dataset import AnomalyDataset, ImageFiles, Sample, make_transform, own_part
 from simplenet_lib.drift import describe
 from simplenet_lib.localization import (
     Prediction,
@@ -306,11 +306,13 @@ def test_predictions_of_a_rectangle_have_its_shape(root, weights):
     test = AnomalyDataset(root, "part", "test", make_transform(config.size, config.seen))
     predictions = list(predict(model, test, progress=False))
     for item, prediction in zip(test, predictions, strict=True):
-        assert prediction.map.shape == prediction.mask.shape == (64, 112)
-        assert np.array_equal(prediction.mask, item["mask"].numpy())
+        # The photos are squares: beside each is its mirror image, which is not judged.
+        assert prediction.map.shape == prediction.mask.shape == (64, 64)
+        assert np.array_equal(prediction.mask, item["mask"].numpy()[:, 24:88])
         with torch.no_grad():
-            map_ = anomaly_map(model(item["image"][None]), (64, 112), 4.0)[0]
+            map_ = anomaly_map(model(item["image"][None]), (64, 112), 4.0)[0, :, 24:88]
         assert prediction.map == pytest.approx(model.in_units(map_).numpy(), abs=1e-4)
+        assert prediction.score == prediction.map.max()
 
 
 def test_prediction_is_lazy_and_needs_no_gradients(model, root):
@@ -362,12 +364,22 @@ def test_seen_box_is_what_the_transform_cuts_out(size, resize, crop, ratio):
     # The transform itself, on an image whose pixels are the numbers of their rows or columns.
     rows, columns = torch.meshgrid(*map(torch.arange, config.size), indexing="ij")
     seen = make_transform(config.size, config.seen).transforms[1](torch.stack([columns, rows]))
-    first, last = seen[:, 0, 0].tolist(), (seen[:, -1, -1] + 1).tolist()
-    sides = (config.size[1], config.size[0])
-    exact = [at * scale for at, scale in zip(first, np.divide(size, sides), strict=True)]
-    exact += [at * scale for at, scale in zip(last, np.divide(size, sides), strict=True)]
-    assert (left, top, right, bottom) == pytest.approx(exact, abs=0.5)
+    first, last = seen[:, 0, 0].numpy(), (seen[:, -1, -1] + 1).numpy()
+    whole = np.array([config.size[1], config.size[0]])
+    scales = np.divide(size, whole)  # pixels of the image in one of the network's
+    taken = whole
+    if max(scales) > 1.1 * min(scales):  # another shape: one scale for both sides
+        taken = np.maximum(1, np.round(np.divide(size, max(scales)))).astype(int)
+        scales = np.divide(size, taken)
+    before = (whole - taken) // 2
+    exact = np.concatenate([(first - before) * scales, (last - before) * scales])
+    exact = exact.clip(0, [*size, *size])
+    assert (left, top, right, bottom) == pytest.approx(exact, abs=1)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    rows, columns = own_part(width, height, config)
+    starts, ends = (np.clip(at, first, last) - first for at in (before, before + taken))
+    assert (columns.start, rows.start) == tuple(starts)
+    assert (columns.stop, rows.stop) == tuple(ends)
     if resize == crop:
         assert (left, top, right, bottom) == (0, 0, width, height)
 
@@ -375,7 +387,8 @@ def test_seen_box_is_what_the_transform_cuts_out(size, resize, crop, ratio):
 def test_published_crop_by_hand():
     config = configuration(resize=329, crop=288)
     # torchvision cuts rows 20 to 307 out of 329.
-    assert plots.seen_box(329, 658, config) == (20, 40, 308, 616)
+    assert plots.seen_box(329, 329, config) == (20, 20, 308, 308)
+    assert plots.seen_box(658, 658, config) == (40, 40, 616, 616)
     pixels = torch.arange(329.0).repeat(3, 329, 1)
     seen = make_transform(329, 288).transforms[1](pixels)
     assert (seen[0, 0, 0], seen[0, 0, -1]) == (20, 307)
@@ -400,7 +413,7 @@ def test_typical_map_leaves_the_image_alone(size):
         left, top, right, bottom = plots.seen_box(*size, config)
         framed = plots.overlay(image, map_, config)
         frame = np.zeros(size[::-1], dtype=bool)
-        frame[top - 1 : bottom + 1, left - 1 : right + 1] = True
+        frame[max(top - 1, 0) : bottom + 1, max(left - 1, 0) : right + 1] = True
         frame[top:bottom, left:right] = False
         check_same(framed, before, ~frame)
         assert (np.asarray(framed)[frame] == 255).all()
@@ -434,15 +447,33 @@ def test_colour_and_line_stand_where_the_map_says():
 
 
 def test_the_map_lies_on_the_part_that_was_seen():
-    image = Image.new("RGB", (658, 329), "black")
+    image = Image.new("RGB", (658, 658), "black")
     map_ = np.zeros((288, 288), dtype=np.float32)
     map_[100:200, 50:150] = 10.0
     config = configuration(resize=329, crop=288)
     result = np.asarray(plots.overlay(image, map_, config)).astype(int)
-    left, top, right, bottom = plots.seen_box(658, 329, config)
+    left, top, right, bottom = plots.seen_box(658, 658, config)
     rows, columns = np.nonzero(result[top:bottom, left:right].sum(axis=2) > 100)
     found = (rows.min() + top, rows.max() + 1 + top, columns.min() + left, columns.max() + 1 + left)
-    assert found == pytest.approx((120, 220, 140, 340), abs=3)  # 20 + 100, ..., 2 * (20 + 50), ...
+    assert found == pytest.approx((240, 440, 140, 340), abs=3)  # 2 * (20 + 100), ...
+
+
+def test_nothing_beside_a_photo_of_another_shape_is_judged(model, monkeypatch):
+    """Its mirror image is seen, but score, map and regions are those of the photo."""
+    wanted = torch.full((1, 64, 64), -1.0)
+    wanted[0, 20:44, 32:48] = 10.0  # a photo of 400 x 100 is rows 24 to 39
+    wanted[0, :8, :8] = 90.0  # this lies beside it
+    monkeypatch.setattr(localization, "scaled_maps", lambda *_: wanted)
+    model.typical, model.threshold = 0.0, 1.0
+    result = model.predict(Image.new("RGB", (400, 100)))
+    assert (result.score, result.seen.shape, result.map.shape) == (10.0, (16, 64), (100, 400))
+    high = result.map > 5
+    rows, columns = np.flatnonzero(high.any(axis=1)), np.flatnonzero(high.any(axis=0))
+    assert (rows[0], rows[-1]) == (0, 99)
+    assert (columns[0], columns[-1] + 1) == pytest.approx((200, 300), abs=4)
+    assert result.regions == [Region(200, 0, 100, 100, 100 * 100, 10.0)]
+    drawn = np.asarray(result.overlay()).sum(axis=2) > 100
+    assert drawn[50, 210:290].all() and not drawn[:, :190].any() and not drawn[:, 310:].any()
 
 
 def test_a_rectangular_map_lies_on_its_image():

@@ -796,10 +796,10 @@ def test_a_result_is_in_the_pixels_of_its_photo(
 
 def test_of_a_part_that_is_not_seen_nothing_is_said(trained: SimpleNet) -> None:
     trained.config = replace(trained.config, resize=40, crop=32)
-    result = trained.predict(Image.new("RGB", (80, 40), "grey"))
+    result = trained.predict(Image.new("RGB", (80, 80), "grey"))
     seen = np.isfinite(result.map)
-    expected = np.zeros((40, 80), dtype=bool)
-    expected[4:36, 8:72] = True
+    expected = np.zeros((80, 80), dtype=bool)
+    expected[8:72, 8:72] = True
     assert np.array_equal(seen, expected)
 
 

@@ -285,7 +285,8 @@ print("nearest: ", nearest[0].tolist())
 # torchvision's transforms (`v2`) do this if you wrap the image in `tv_tensors.Image` and the mask in
 # `tv_tensors.Mask`: every transform moves both, interpolates the image smoothly and the mask by its
 # nearest pixel, and normalises only the image. `ResizeBoth` is `v2.Resize`, and brings back one pixel of
-# a defect that the reduction has lost. The mean and deviation are those that the network of
+# a defect that the reduction has lost. Nor does it stretch a photo by more than a tenth: one of another shape
+# stands in the middle, between its mirror images. The mean and deviation are those that the network of
 # [chapter 2](02_features.ipynb) was trained with.
 
 # %% tags=["library"]
