@@ -37,7 +37,7 @@ FEATURE_BATCH = 8
 TILE_OVERLAP = 96  # pixels around a tile that it sees and that do not count: no seam shows
 TILE_STEP = 32  # tiles meet at a position of every layer
 READERS = min(16, os.cpu_count() or 1)  # threads that decode images
-RELEASE_EVERY = 16  # images
+RELEASE_EVERY = 64  # images; what is given back has to be asked for again
 CACHE_LIMIT_BYTES = 32 * 10**9
 
 

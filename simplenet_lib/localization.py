@@ -33,7 +33,7 @@ from simplenet_lib.dataset import (
     upright_size,
 )
 from simplenet_lib.drift import describe
-from simplenet_lib.features import ahead, at_once, batches, over_tiles
+from simplenet_lib.features import ahead, at_once, batches, over_tiles, release_memory
 from simplenet_lib.metrics import EIGHT_NEIGHBOURS, image_metrics, pixel_metrics
 
 if TYPE_CHECKING:  # the model imports this module, not the other way round
@@ -486,7 +486,10 @@ def predict(
     """
     with tqdm(total=len(dataset), desc="predict", unit="image", disable=not progress) as bar:
         count, layer = at_once(model.config.tile), model.hidden_layer()
-        for batch in batches(ahead(dataset.item, range(len(dataset)), count), count):
+        reading = batches(ahead(dataset.item, range(len(dataset)), count), count)
+        for number, batch in enumerate(reading):
+            if number % 2:  # of each image something is kept, in between what is not
+                release_memory()
             for index, mask, (scores, map_, _, unfamiliar) in zip(
                 batch["index"].tolist(),
                 batch["mask"].numpy(),
