@@ -65,7 +65,7 @@ def report(
     """What is written of a run; ``maps`` are the anomaly maps of the test images."""
     predictions = []
     for index, (sample, map_) in enumerate(zip(test.samples, maps.numpy(), strict=True)):
-        own = own_part(*upright_size(sample), config)
+        own = own_part(*upright_size(sample.image), config)
         map_, mask = map_[own], test[index]["mask"].numpy()[own]
         score = float(map_.max())
         predictions.append(Prediction(sample, score, score > 1, lambda map_=map_: map_, mask, []))

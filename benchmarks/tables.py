@@ -197,9 +197,8 @@ def gpu_speed() -> str:
     for words, name in rows.items():
         times = [found[f"batch_{count}"]["ms_an_image"][name] for count in (1, 8, 64)]
         lines.append(per_second(words, times))
-    for name in ("simplenet", "patchcore"):
+    for words, name in (("this library, 320 px", "simplenet"), ("PatchCore, 320 px", "patchcore")):
         run = measured("gpu/peers")[name]
-        words = {"simplenet": "this library, 320 px", "patchcore": "PatchCore, 320 px"}[name]
         lines.append(per_second(words, [run[f"image_ms{of}"] for of in ("", "_of_8", "_of_64")]))
     return "\n".join(lines)
 

@@ -1022,16 +1022,16 @@ def as_seen(picture: Image.Image, transform: Transform) -> Tensor:
     return image.as_subclass(Tensor)
 
 
-def upright_size(sample: Sample) -> Size:
+def upright_size(path: Path, data: bytes | None = None) -> Size:
     """Width and height of a photo, upright, as its file's header states them.
 
     Examples
     --------
     >>> Image.new("RGB", (640, 480)).save(folder / "photo.png")
-    >>> upright_size(Sample(folder / "photo.png", "good"))
+    >>> upright_size(folder / "photo.png")
     (640, 480)
     """
-    size, orientation = _header(sample.image)
+    size, orientation = _header(path, data)
     return size[::-1] if orientation in TURNED else size
 
 
@@ -1047,7 +1047,7 @@ def shape_of(samples: Sequence[Sample]) -> tuple[float, float]:
     >>> ratio, round(side)
     (0.75, 554)
     """
-    sizes = [upright_size(sample) for sample in samples]
+    sizes = [upright_size(sample.image) for sample in samples]
     shapes = [(height / width, math.sqrt(width * height)) for width, height in sizes]
     ratio, side = np.median(shapes, axis=0)
     return float(ratio), float(side)
@@ -1391,10 +1391,8 @@ def _read(
 
 def _whole_size(picture: Image.Image, path: Path, data: bytes) -> Size:
     """Width and height of what ``picture`` was decoded from, if need be at a smaller size."""
-    size, orientation = _header(path, data)
-    if sorted(size) == sorted(picture.size):
-        return picture.size
-    return size[::-1] if orientation in TURNED else size
+    size = upright_size(path, data)
+    return picture.size if sorted(size) == sorted(picture.size) else size
 
 
 def _header(path: Path, data: bytes | None = None) -> tuple[Size, int]:

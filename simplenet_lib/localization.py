@@ -497,7 +497,7 @@ def predict(
                 strict=True,
             ):
                 sample = dataset.samples[index]
-                own = own_part(*upright_size(sample), model.config)
+                own = own_part(*upright_size(sample.image), model.config)
                 mask, score = mask[own], float(map_[own].max())
                 # Of an image without a mask all share one pixel: there may be thousands.
                 kept = mask.copy() if sample.mask else np.broadcast_to(np.False_, mask.shape)

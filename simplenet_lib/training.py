@@ -556,7 +556,7 @@ def train(
         progress=progress,
     )
     model.drift.fit(torch.from_numpy(features.descriptions).to(device))
-    own = [own_part(*upright_size(sample), config) for sample in dataset.samples]
+    own = [own_part(*upright_size(sample.image), config) for sample in dataset.samples]
     scores = calibrate(model.eval(), features, folds, own)
     return Trained(model, history, scores, seconds_features, time.perf_counter() - start)
 
