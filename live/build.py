@@ -118,6 +118,13 @@ class VectorScores(nn.Module):
         return -(hidden.unflatten(1, score.shape) * score).sum(dim=2).T
 
 
+class VectorNorms(nn.Module):
+    """How far cached vectors (n, C) lie from their mean, (n,), as ``training.norms_of``."""
+
+    def forward(self, vectors: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return ((vectors.float() - mean) / std).square().sum(dim=1).sqrt()
+
+
 class TrainingStep:
     """One step of ``training.fit`` for one head: forward, gradients, update, moving average.
 
@@ -307,12 +314,21 @@ def graphs(model: SimpleNet) -> dict[str, bytes]:
         ["scores"],
         ({0: torch.export.Dim("n", min=2)}, *dynamic),
     )
+    channel = torch.zeros(features.channels), torch.ones(features.channels)
+    norms = export(
+        VectorNorms(),
+        (vectors, *channel),
+        ["vectors", "channel_mean", "channel_std"],
+        ["norms"],
+        ({0: torch.export.Dim("n", min=2)}, None, None),
+    )
     step = training_graph(features.channels, config)
     return {
         "backbone.onnx": in_16_bits(backbone).SerializeToString(),
         "join.onnx": join.SerializeToString(),
         "maps.onnx": maps.SerializeToString(),
         "scores.onnx": scores.SerializeToString(),
+        "norms.onnx": norms.SerializeToString(),
         "step.onnx": step.SerializeToString(),
     }
 

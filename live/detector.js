@@ -201,11 +201,15 @@ export function anomalyMap(scores, [h, w], [height, width], smoothing) {
 
 export const highest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 
+export const bounded = (value, bound) => (bound ? bound * Math.tanh(value / bound) : value);
+
 // localization.judge, from all heads' score maps on, and where in the photo its map lies.
 export function judge(maps, model, photo) {
   const { config, centre, spread, level, scale, typical, threshold, grid } = model;
   const scores = meanOf(maps, maps.map((_, k) => k), centre, spread);
-  for (let p = 0; p < scores.length; p++) scores[p] = (scores[p] - level[p]) / scale[p];
+  for (let p = 0; p < scores.length; p++) {
+    scores[p] = bounded((scores[p] - level[p]) / scale[p], config.bound);
+  }
   const seen = rectangle(config.crop, config.ratio);
   const own = ownPart(anomalyMap(scores, grid, seen, config.smoothing), photo, config);
   own.map = own.map.map((value) => (value - typical) / (threshold - typical));

@@ -1,7 +1,7 @@
 // What simplenet_lib.training does around the steps: folds, batches, first weights, calibration.
-import { anomalyMap, highest, meanOf, ownPart, rectangle } from "./detector.js";
+import { anomalyMap, bounded, highest, meanOf, ownPart, rectangle } from "./detector.js";
 
-const FOLDS = 5, POSITION_IMAGES = 20, FLOOR = 0.3;
+const FOLDS = 5, POSITION_IMAGES = 20, SCALE_SIDE = 15, FLOOR = 0.3;
 
 // A small generator of random numbers with a seed (mulberry32): uniform, whole, normal.
 export function random(seed) {
@@ -48,6 +48,22 @@ export function standardisation(sum, squares, count) {
     Math.sqrt(Math.max(s / count - (sum[i] / count) ** 2, 0)));
   const floor = FLOOR * (std.reduce((a, b) => a + b, 0) / std.length);
   return { mean, std: Float32Array.from(std, (s) => Math.max(s + floor, 1e-6)) };
+}
+
+// Draws positions in proportion to their weights, as training.drawn_positions.
+export function drawer(weights, chance) {
+  const ends = Float64Array.from(weights);
+  for (let i = 1; i < ends.length; i++) ends[i] += ends[i - 1];
+  return () => {
+    const place = chance.next() * ends[ends.length - 1];
+    let low = 0, high = ends.length - 1;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (ends[middle] > place) high = middle;
+      else low = middle + 1;
+    }
+    return low;
+  };
 }
 
 // The state of a new head, (4, P): first values, their average, two moments of 0.
@@ -129,18 +145,21 @@ export function calibrate(maps, folds, config, grid, photos) {
   let levels = means.map(() => level), scales = means.map(() => scale);
   if (config.position_units && maps.length >= POSITION_IMAGES) {
     levels = withoutEach(means).map((map) => around(map, grid, 3));
-    // Fourth powers: what counts are the highest scores, which become false alarms.
+    // Third powers: what counts are the highest scores, which become false alarms.
     const powers = means.map((map, i) => {
       const above = around(map.map((value, p) => value - levels[i][p]), grid, 3);
-      return around(above.map((value) => Math.max(value, 0) ** 4), grid, 5);
+      return around(above.map((value) => Math.max(value, 0) ** 3), grid, SCALE_SIDE);
     });
-    const root = (map) => map.map((value) => Math.max(Math.max(value, 0) ** 0.25, 1e-6));
+    const root = (map) => map.map((value) => Math.max(Math.max(value, 0) ** (1 / 3), 1e-6));
     scales = withoutEach(powers).map(root);
     level = around(mean(means), grid, 3);
     scale = root(mean(powers));
+  } else if (config.bound) { // one scale for all, on which no normal photo comes near the bound
+    scale.fill(Math.max(...means.map(highest), 1e-6));
   }
   const scoreOf = (map, i) => {
-    const units = map.map((value, p) => (value - levels[i][p]) / scales[i][p]);
+    const units = map.map((value, p) =>
+      bounded((value - levels[i][p]) / scales[i][p], config.bound));
     return highest(ownPart(anomalyMap(units, grid, seen, config.smoothing), photos[i], config).map);
   };
   let values = means.map(scoreOf);

@@ -3,7 +3,7 @@
 import * as ort from "./ort.wasm.bundle.min.mjs";
 import { Fault, asModel, read, write } from "./checkpoint.js";
 import { asSeen, fuse, judge, rectangle } from "./detector.js";
-import { calibrate, firstState, headTensors, median, random, splitImages, standardisation }
+import { calibrate, drawer, firstState, headTensors, median, random, splitImages, standardisation }
   from "./training.js";
 
 ort.env.wasm.numThreads = 1; // more need headers that a plain static host does not send
@@ -140,15 +140,22 @@ async function train({ photos, ratios, seed = 0 }, report, cancelled) {
   const folds = splitImages(photos.length, K, chance);
   const { mean, std } = standardisation(sum, squares, photos.length * places);
   const channel = { channel_mean: tensor(mean, [C]), channel_std: tensor(std, [C]) };
+  const weights = new Float32Array(photos.length * places);
+  for (const [i, vectors] of features.entries()) {
+    const inputs = { vectors: tensor(vectors, [places, C], "float16"), ...channel };
+    const { norms } = await sessions["norms.onnx"].run(inputs);
+    weights.set(norms.data.map((norm) => Math.max(norm ** config.emphasis, 1e-6)), i * places);
+  }
+  const draw = drawer(weights, chance);
   const states = Array.from({ length: K }, () => firstState(page.layout, chance));
   const Half = features[0].constructor, batch = new Half(B * C);
   for (let step = 0; step < config.steps; step++) {
     let loss = 0;
     for (let k = 0; k < K; k++) {
-      const others = features.filter((_, i) => folds[i] !== k);
-      for (let row = 0; row < B; row++) {
-        const at = chance.below(places) * C;
-        batch.set(others[chance.below(others.length)].subarray(at, at + C), row * C);
+      for (let row = 0; row < B;) {
+        const at = draw(), photo = Math.floor(at / places), start = (at % places) * C;
+        if (folds[photo] === k) continue;
+        batch.set(features[photo].subarray(start, start + C), row++ * C);
       }
       const after = await sessions["step.onnx"].run({
         vectors: tensor(batch, [B, C], "float16"),

@@ -79,6 +79,17 @@ class Head(nn.Module):
         return scores
 
 
+def bounded(values: Tensor, bound: float) -> Tensor:
+    """Values that small ones keep and large ones approach ``bound`` with; 0 for no limit.
+
+    Examples
+    --------
+    >>> bounded(torch.tensor([0.1, 4.0, 400.0]), bound=4.0)
+    tensor([0.1000, 3.0464, 4.0000])
+    """
+    return bound * torch.tanh(values / bound) if bound else values
+
+
 class SimpleNet(nn.Module):
     """Frozen features and a committee of heads on top of them (paper, section 3).
 
@@ -211,10 +222,11 @@ class SimpleNet(nn.Module):
 
         Where normal images score higher, or vary more, a score says less: the border of
         the image, or a part that never looks twice the same. So every position has its
-        own level and scale, if the configuration asks for them (0 and 1 otherwise).
+        own level and scale, if the configuration asks for them (0 and 1 otherwise). And far
+        from normal a score does not say how far: so no position adds more than the bound.
         """
         units = (maps - self.centre[:, None, None, None]) / self.spread[:, None, None, None]
-        return (units.mean(dim=0) - self.level) / self.scale
+        return bounded((units.mean(dim=0) - self.level) / self.scale, self.config.bound)
 
     def in_units(self, values: Tensor) -> Tensor:
         """Anomaly maps or image scores on the scale of typical, 0, and threshold, 1."""

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from simplenet_lib.config import Config, SimpleNetError
 from simplenet_lib.dataset import ImageFiles, own_part, upright_size
 from simplenet_lib.features import (
+    FeatureMap,
     FeatureMaps,
     Standardise,
     around,
@@ -37,7 +38,14 @@ from simplenet_lib.features import (
 )
 from simplenet_lib.localization import anomaly_map, image_score, scaled_maps, threshold
 from simplenet_lib.loss import cross_entropy_loss, margin_loss
-from simplenet_lib.model import Head, SimpleNet, check_tensors, read_checkpoint, write_checkpoint
+from simplenet_lib.model import (
+    Head,
+    SimpleNet,
+    bounded,
+    check_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from simplenet_lib.noise import random_seed
 from simplenet_lib.weights import find_weights
 
@@ -45,6 +53,7 @@ CHECKPOINT_EVERY = 50  # steps
 SPLIT, ORDER, NOISE = 1, 2, 3  # streams of random numbers
 FOLDS = 5  # at most: a head is trained on four fifths of the images or more
 POSITION_IMAGES = 20  # or more give every position a level and scale of its own
+SCALE_SIDE = 15  # positions: a scale is measured over a square of so many, across and down
 SHIFT_IMAGES = 50  # at most so many say how much lower the committee's scores lie
 HAS_ONEDNN: bool = mkldnn.is_available()  # type: ignore[no-untyped-call]
 
@@ -176,6 +185,44 @@ def shuffled_positions(count: int, batch_size: int, seed: int, step: int) -> Ite
         pending = pending[batch_size:]
 
 
+def drawn_positions(weights: Tensor, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
+    """Endless batches of positions from ``step`` on, each drawn in proportion to its weight.
+
+    A batch depends on the seed and its step alone, as those of :func:`shuffled_positions`.
+
+    Parameters
+    ----------
+    weights : Tensor
+        One of every position, (count,), 0 or more and not all 0.
+
+    Examples
+    --------
+    >>> positions = drawn_positions(torch.tensor([0.0, 1.0, 0.0]), batch_size=3, seed=0, step=0)
+    >>> next(positions).tolist()
+    [1, 1, 1]
+    """
+    ends = weights.double().cumsum(dim=0)
+    while True:
+        generator = torch.Generator().manual_seed(random_seed(seed, ORDER, step))
+        places = ends[-1] * torch.rand(batch_size, generator=generator, dtype=torch.float64)
+        yield torch.searchsorted(ends, places, right=True)
+        step += 1
+
+
+def norms_of(features: FeatureMap, standardise: Standardise) -> Tensor:
+    """How far the features (h, w, C) of each position lie from their mean, (h, w), on the CPU.
+
+    Examples
+    --------
+    >>> from simplenet_lib.features import Standardise
+    >>> norms_of(np.ones((2, 3, 64), np.float16), Standardise(64)).unique()
+    tensor([8.])
+    """
+    vectors = torch.from_numpy(features.copy()).to(standardise.mean.device).float()
+    norms: Tensor = standardise(vectors).norm(dim=-1)
+    return norms.cpu()
+
+
 def fit(
     heads: Sequence[Head],
     standardise: Standardise,
@@ -190,7 +237,9 @@ def fit(
     """Train adaptors and discriminators together on normal images (paper, section 3.5).
 
     All heads see the same batches, each without the positions of the images it
-    leaves out, and each with noise of its own.
+    leaves out, and each with noise of its own. Most positions of many products look
+    alike, such as those of a plain background: with ``config.emphasis`` a position is drawn
+    the more often, the further its features lie from their mean.
 
     Parameters
     ----------
@@ -243,7 +292,12 @@ def fit(
 
     _, height, width, _ = features.shape
     places = height * width
-    positions = shuffled_positions(len(images) * places, config.batch_size, config.seed, done)
+    if config.emphasis:
+        norms = torch.stack([norms_of(features[int(image)], standardise) for image in images])
+        weights = norms.flatten().pow(config.emphasis).clamp_min(1e-6)  # images all alike: all 0
+        positions = drawn_positions(weights, config.batch_size, config.seed, done)
+    else:
+        positions = shuffled_positions(len(images) * places, config.batch_size, config.seed, done)
 
     def next_batch() -> tuple[NDArray[np.int64], Tensor]:
         batch = next(positions).numpy()
@@ -693,14 +747,18 @@ def calibrate(
     # Of few images level and scale would fit themselves: none of these could score high.
     if config.position_units and len(fresh) >= POSITION_IMAGES:
         levels = around(without_each(means)[:, None], 3)[:, 0]
-        # Fourth powers: what counts are the highest scores, which become false alarms.
-        powers = around(around((means - levels)[:, None], 3).clamp_min(0).pow(4), 5)[:, 0]
-        scales = without_each(powers).pow(0.25).clamp_min(1e-6)
+        # Third powers: what counts are the highest scores, which become false alarms.
+        powers = around((means - levels)[:, None], 3).clamp_min(0).pow(3)
+        powers = around(powers, SCALE_SIDE)[:, 0]
+        scales = without_each(powers).pow(1 / 3).clamp_min(1e-6)
         level.copy_(around(means.mean(dim=0)[None, None], 3)[0, 0])
-        scale.copy_(powers.mean(dim=0).pow(0.25).clamp_min(1e-6))
+        scale.copy_(powers.mean(dim=0).pow(1 / 3).clamp_min(1e-6))
+    elif config.bound:  # one scale for all, on which no normal image comes near the bound
+        scale.fill_(max(float(means.max()), 1e-6))
+        scales = scale.expand_as(means)
 
     def image_score_of(scores: Tensor, number: int) -> float:
-        units = (scores - levels[number]) / scales[number]
+        units = bounded((scores - levels[number]) / scales[number], config.bound)
         maps = anomaly_map(units[None], config.seen, config.smoothing)
         rows, columns = own[fresh[number]] if own else (slice(None), slice(None))
         return image_score(maps[:, rows, columns]).item()

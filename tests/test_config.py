@@ -29,6 +29,8 @@ WRONG_VALUES = {
     "hidden_channels": [0, 16385],
     "adaptor_scale": [0, -1, 1e-7, 1e7],
     "sigma": [-0.1, 1e7],
+    "emphasis": [-0.1, 8.1],
+    "bound": [-0.1, 1e7],
     "margin": [-0.1, 1e7],
     "heads": [0, -1, 101],
     "steps": [0, -1, 10**9 + 1],
@@ -53,6 +55,12 @@ def test_presets_are_valid_and_carry_their_name(name):
     assert PRESETS[name].preset == name
     assert preset(name) == PRESETS[name] == Config(**dataclasses.asdict(PRESETS[name]))
     assert preset(name, seed=7) == dataclasses.replace(PRESETS[name], seed=7)
+
+
+def test_a_bound_needs_the_unit_it_is_given_in():
+    with pytest.raises(SimpleNetError, match="a bound needs position_units"):
+        preset("fast", position_units=False)
+    assert preset("fast", position_units=False, bound=0.0).bound == 0
 
 
 def test_unknown_preset_lists_the_known():

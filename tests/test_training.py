@@ -29,6 +29,7 @@ from simplenet_lib.noise import random_seed
 from simplenet_lib.training import (
     cached_maps,
     calibrate,
+    drawn_positions,
     fit,
     heads_without,
     shuffled_positions,
@@ -189,6 +190,56 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({tuple(order.tolist()) for order in orders}) == 3
 
 
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=1, max_size=8).filter(any),
+    seed=st.integers(0, 10**6),
+    resumed=st.integers(0, 5),
+)
+def test_positions_are_drawn_by_their_weights_and_resuming_changes_nothing(
+    weights: list[float], seed: int, resumed: int
+) -> None:
+    endless = drawn_positions(torch.tensor(weights), 2000, seed, 0)
+    batches = [next(endless) for _ in range(resumed + 1)]
+    shares = np.bincount(batches[0].numpy(), minlength=len(weights)) / 2000
+    expected = np.array(weights) / sum(weights)
+    assert len(shares) == len(weights)
+    # Six standard deviations: once in 500 million; what has no weight never comes.
+    assert (abs(shares - expected) <= 6 * np.sqrt(expected * (1 - expected) / 2000)).all()
+    again = drawn_positions(torch.tensor(weights), 2000, seed, resumed)
+    assert torch.equal(next(again), batches[resumed])
+    assert not torch.equal(next(again), batches[resumed]) or len({*batches[0].tolist()}) == 1
+
+
+def test_emphasis_is_on_what_lies_far_from_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(weights: Tensor, *rest: int) -> Iterator[Tensor]:
+        asked.append(weights)
+        return drawn_positions(weights, *rest)
+
+    monkeypatch.setattr(training_module, "drawn_positions", recorded)
+    values = toy_values()
+    for emphasis, heads in ((2.0, 3), (1.0, 1), (0.0, 3)):
+        config = toy(steps=1, emphasis=emphasis, heads=heads)
+        folds = FOLDS if heads > 1 else ALONE
+        features = feature_maps(values)
+        fit(new_heads(config), Standardise(CHANNELS), features, folds, config, progress=False)
+    assert len(asked) == 2
+    for weights, emphasis, used in ((asked[0], 2, range(6)), (asked[1], 1, (0, 1, 3, 5))):
+        some = values[list(used)].astype(np.float64).reshape(-1, CHANNELS)
+        std = some.std(axis=0)
+        standardised = (some - some.mean(axis=0)) / (std + 0.3 * std.mean())
+        expected = np.linalg.norm(standardised, axis=1) ** emphasis
+        np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-3)
+
+
+def test_images_without_any_difference_are_drawn_all_the_same() -> None:
+    config = toy(steps=2)
+    features = feature_maps(np.ones((6, 3, 4, CHANNELS), np.float16))
+    history = fit(new_heads(config), Standardise(CHANNELS), features, FOLDS, config, progress=False)
+    assert history.loss.isfinite().all()
+
+
 # Fit ----------------------------------------------------------------------------------
 
 
@@ -229,7 +280,13 @@ def test_every_head_and_step_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("loss", ["margin", "cross-entropy"])
 def test_first_step_by_hand(loss: str) -> None:
     """One step of plain Adam changes every parameter by its learning rate, against its gradient."""
-    changes = {"standardise": False, "batchnorm": False, "averaging": 0.0, "heads": 2}
+    changes = {
+        "standardise": False,
+        "batchnorm": False,
+        "averaging": 0.0,
+        "heads": 2,
+        "emphasis": 0.0,
+    }
     config = toy(steps=1, batch_size=72, loss=loss, margin=0.25, **changes)
     heads, before = new_heads(config), new_heads(config)
     folds, values = FOLDS % 2, toy_values()
@@ -291,8 +348,11 @@ def test_a_head_may_be_trained_on_all_images() -> None:
 
 @pytest.mark.parametrize("fold", [0, 1, 2])
 def test_no_head_learns_from_its_own_fold(fold: int) -> None:
-    """Seven heads, so that every fold but one is left out by two of them."""
-    config = toy(steps=20, heads=7, standardise=False)
+    """Seven heads, so that every fold but one is left out by two of them.
+
+    With an emphasis the fold would decide with how many positions of others it shares a batch.
+    """
+    config = toy(steps=20, heads=7, standardise=False, emphasis=0.0)
     expected = fit_toy(config=config)
     values = toy_values()
     values[fold == FOLDS] = -3 * values[fold == FOLDS] + 100
@@ -661,17 +721,19 @@ def by_hand(
         others = [[k for k in range(len(own)) if k != number] for number in range(len(own))]
         levels = [clipped_mean(np.mean([own[k] for k in rest], axis=0), 3) for rest in others]
         upper = [
-            np.maximum(clipped_mean(map_ - its, 3), 0) ** 4
+            np.maximum(clipped_mean(map_ - its, 3), 0) ** 3
             for map_, its in zip(own, levels, strict=True)
         ]
-        scale = clipped_mean(np.mean(upper, axis=0), 5) ** 0.25
+        scale = clipped_mean(np.mean(upper, axis=0), 5) ** (1 / 3)
         scales = [
-            clipped_mean(np.mean([upper[k] for k in rest], axis=0), 5) ** 0.25 for rest in others
+            clipped_mean(np.mean([upper[k] for k in rest], axis=0), 5) ** (1 / 3) for rest in others
         ]
 
     def score(map_: np.ndarray, number: int) -> float:
-        map_ = torch.from_numpy((map_ - levels[number]) / scales[number])[None]
-        return anomaly_map(map_, (64, 64), 3.0).max().item()
+        units = (map_ - levels[number]) / scales[number]
+        if bound := model.config.bound:
+            units = bound * (1 - 2 / (np.exp(2 * units / bound) + 1))
+        return anomaly_map(torch.from_numpy(units)[None], (64, 64), 3.0).max().item()
 
     scores = np.array([score(map_, number) for number, map_ in enumerate(own)])
     shift = 0.0
@@ -693,8 +755,9 @@ def by_hand(
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have six images be enough for units at every position."""
+    """Have six images be enough for units at every position of a small map."""
     monkeypatch.setattr(training_module, "POSITION_IMAGES", 6)
+    monkeypatch.setattr(training_module, "SCALE_SIDE", 5)
 
 
 @pytest.mark.usefixtures("few")
@@ -708,7 +771,8 @@ def test_calibration_by_hand(
     monkeypatch.setattr(training_module, "SHIFT_IMAGES", limit)
     count = min(heads, 3)
     folds = np.arange(11) % count if heads > 1 else np.array([-1, 0, -1, -1, 0, 0, 0, -1, 0, -1, 0])
-    model = units_of(heads=heads, false_alarms=false_alarms, position_units=positions)
+    changes = {"position_units": positions, "bound": 1.5 if positions else 0.0}
+    model = units_of(heads=heads, false_alarms=false_alarms, **changes)
     values = random_maps(11)
     expected = by_hand(
         model, values, folds, false_alarms=false_alarms, limit=limit, positions=positions
@@ -735,9 +799,17 @@ def test_calibration_by_hand(
 
 
 def test_few_images_say_nothing_of_single_positions() -> None:
-    model, values = units_of(heads=2), random_maps(20)
+    model, values = units_of(heads=2, bound=0.0), random_maps(20)
     calibrate(model, feature_maps(values[:19]), np.arange(19) % 2)
     assert (model.level == 0).all() and (model.scale == 1).all()
+    unbounded = model.typical, model.threshold
+    model = units_of(heads=2, bound=4.0)
+    calibrate(model, feature_maps(values[:19]), np.arange(19) % 2)
+    scale = model.scale.unique()
+    assert (model.level == 0).all() and len(scale) == 1
+    # No normal image comes near the bound: the scores are those without, in another unit.
+    for found, expected in zip((model.typical, model.threshold), unbounded, strict=True):
+        assert found * float(scale) == pytest.approx(expected, rel=0.03)
     calibrate(model, feature_maps(values), np.arange(20) % 2)
     assert (model.level != 0).all() and (model.scale != 1).all()
 
@@ -745,7 +817,7 @@ def test_few_images_say_nothing_of_single_positions() -> None:
 @pytest.mark.usefixtures("few")
 def test_heads_that_agree_shift_nothing() -> None:
     """Equal heads, and folds of the same images: the own scores are the committee's."""
-    model, values = units_of(heads=3, position_units=False), random_maps(4)
+    model, values = units_of(heads=3, position_units=False, bound=0.0), random_maps(4)
     for head in model.heads:
         head.load_state_dict(model.heads[0].state_dict())
     values = np.concatenate([values] * 3)
@@ -857,7 +929,7 @@ def test_a_single_head_is_scored_on_the_tenth_it_has_not_seen(
     dataset: ImageFiles, weights: Path, small: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scores are those that `predict` gives: there is nothing to shift."""
-    one = dataclasses.replace(small, heads=1)
+    one = dataclasses.replace(small, heads=1, emphasis=0.0)
     more = ImageFiles(dataset.samples * 3, dataset.transform)  # 36 photos, so 4 of them
     trained = train(more, one, weights=weights, progress=False)
     left_out = np.flatnonzero(split_images(36, 1, one.seed) == 0)

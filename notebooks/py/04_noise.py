@@ -478,7 +478,7 @@ assert max(defect_auroc) - min(defect_auroc) < 0.02
 #   answer: at 0.015 it has to hear a whisper, and at 1 any rough answer will do.
 #
 # Does a network find it? In [chapter 7](07_training.ipynb) you train one for several σ, at two scales
-# of the features. The library's default is σ = 0.25, where the observer still orders one pair in eleven
+# of the features. The library's default is σ = 0.3; at 0.25 the observer still orders one pair in eleven
 # wrongly.
 #
 # ### Where real defects lie

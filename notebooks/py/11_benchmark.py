@@ -90,11 +90,13 @@ ONE_HEAD = {
     "adaptor_channels": 256,
     "hidden_channels": 256,
     "sigma": 0.5,
+    "emphasis": 0.0,
     "loss": "margin",
     "heads": 1,
     "steps": 100,
     "batch_size": 2048,
     "averaging": 0.0,
+    "bound": 0.0,
     "smoothing": 5.0,
 }
 
@@ -431,8 +433,8 @@ plt.show()
 
 
 # %% [markdown]
-# The formula assumes smooth distributions of scores, and on screw it is too small: there a third of all wrong pairs
-# hang on one good image, with a bright speck, that scores high, and a draw has it twice or not at all.
+# The formula assumes smooth distributions of scores, and on screw it is too small: there more than a quarter of all
+# wrong pairs hang on one good image, with a bright speck, that scores high, and a draw has it twice or not at all.
 #
 # ### A difference between two detectors
 #
