@@ -388,7 +388,7 @@ def test_benchmark_goes_on_after_an_interruption(
 @pytest.mark.usefixtures("small_preset")
 def test_benchmark_tries_every_combination_under_names_of_their_own(data: Path) -> None:
     simplenet("benchmark", "--data", data, "--seeds", "0")
-    grid = ["--set", "sigma=0.25,0.5", "--set", "steps=3,4", "--set", "layers=layer2"]
+    grid = ["--set", "sigma=0.3,0.5", "--set", "steps=3,4", "--set", "layers=layer2"]
     said = simplenet("benchmark", "--data", data, "--seeds", "0,0", *grid)
     # What equals the preset is the run that is there.
     assert "1 of 3: " in said and "cloth-fast-0\n" not in said
@@ -401,7 +401,7 @@ def test_benchmark_tries_every_combination_under_names_of_their_own(data: Path) 
         "cloth-fast-sigma=0.5,steps=4-0.json": {"sigma": 0.5, "steps": 4},
     }
     for run in found.values():
-        expected = {"sigma": 0.25, "steps": 3} | run.get("changes", {})
+        expected = {"sigma": 0.3, "steps": 3} | run.get("changes", {})
         assert expected.items() <= run["config"].items() and run["steps"] == expected["steps"]
     # The table alone: a row a combination, and nothing else.
     printed = simplenet("benchmark", "--table")
@@ -869,7 +869,7 @@ def test_train_overwrites_no_other_model(
     assert "run/model.safetensors is there already, of the same images and settings" in printed
     message = refused(*command, "--set", "sigma=0.5", "--seed", "3")
     assert "run: holds a model that was trained with" in message
-    assert "sigma 0.25 (now 0.5)" in message and "seed 0 (now 3)" in message
+    assert "sigma 0.3 (now 0.5)" in message and "seed 0 (now 3)" in message
     assert "Choose another --output, or move it away" in message
     (data / "cloth/train/good/000.png").unlink()
     assert "was trained with other images" in refused(*command)
