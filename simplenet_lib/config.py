@@ -189,7 +189,7 @@ class Config:
                     f"configuration: {name} is '{getattr(self, name)}', not {' or '.join(known)}."
                 )
         if self.bound and not self.position_units:
-            raise SimpleNetError("configuration: a bound needs position_units; set bound to 0 as well.")
+            raise SimpleNetError("configuration: a bound needs position_units; else set it to 0.")
         if self.neighbourhood % 2 == 0:
             raise SimpleNetError(
                 f"configuration: neighbourhood is {self.neighbourhood}; it must be odd."
