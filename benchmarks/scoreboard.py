@@ -39,11 +39,13 @@ ONE_HEAD = preset(
     adaptor_channels=256,
     hidden_channels=256,
     sigma=0.5,
+    emphasis=0.0,
     loss="margin",
     heads=1,
     steps=100,
     batch_size=2048,
     averaging=0.0,
+    bound=0.0,
     smoothing=5.0,
 )
 
