@@ -262,9 +262,9 @@ class Standardise(nn.Module):
         total = torch.zeros(len(self.mean), dtype=torch.float64)
         squares = torch.zeros_like(total)
         for features in maps:
-            vectors = torch.from_numpy(features.copy()).float().flatten(0, 1)
-            total += vectors.double().sum(dim=0)
-            squares += vectors.square().double().sum(dim=0)
+            vectors = torch.from_numpy(features.copy()).double().flatten(0, 1)
+            total += vectors.sum(dim=0)
+            squares += vectors.square_().sum(dim=0)
             count += len(vectors)
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()

@@ -27,6 +27,7 @@ from simplenet_lib.localization import anomaly_map, predict
 from simplenet_lib.model import Head, SimpleNet, read_checkpoint, write_checkpoint
 from simplenet_lib.noise import random_seed
 from simplenet_lib.training import (
+    OneDNN,
     cached_maps,
     calibrate,
     drawn_positions,
@@ -325,6 +326,25 @@ def test_first_step_by_hand(loss: str) -> None:
     assert history.loss.item() == pytest.approx(np.mean(losses), rel=1e-4)
     assert history.normal.item() == pytest.approx(np.mean(normal_shares))
     assert history.noisy.item() == pytest.approx(np.mean(noisy_shares))
+
+
+@pytest.mark.skipif(not training_module.HAS_ONEDNN, reason="PyTorch without oneDNN")
+def test_onednn_computes_what_pytorch_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_module, "USE_ONEDNN", True)  # on Intel's processors it is not used
+    layer = torch.nn.Linear(48, 5)
+    vectors = torch.randn(30, 48, requires_grad=True)
+    by_itself = layer(vectors)
+    with OneDNN():
+        values = layer(vectors)
+    assert "MkldnnLinear" in repr(values.grad_fn.next_functions)
+    torch.testing.assert_close(values, by_itself, atol=1e-5, rtol=1e-5)
+    asked = [vectors, *layer.parameters()]
+    found = torch.autograd.grad(values.square().sum(), asked)
+    expected = torch.autograd.grad(by_itself.square().sum(), asked)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(training_module, "USE_ONEDNN", False)
+    with OneDNN():
+        assert torch.equal(layer(vectors), by_itself)
 
 
 def test_images_left_out_by_a_single_head_are_never_read() -> None:
