@@ -44,7 +44,7 @@ from simplenet_lib.features import FEATURE_BATCH, batches, build_backbone
 from simplenet_lib.localization import Result, evaluate, results
 from simplenet_lib.model import SimpleNet
 from simplenet_lib.synthetic import generate
-from simplenet_lib.training import train
+from simplenet_lib.training import PROCESSOR, train
 from simplenet_lib.weights import find_weights
 
 #: Variables of the environment with which PyTorch runs as it comes: none of the command's.
@@ -518,7 +518,7 @@ def main() -> None:
             "versions": {"simplenet_lib": __version__, "torch": torch.__version__},
             "hardware": torch.cuda.get_device_name()
             if DEVICE == "cuda"
-            else f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
+            else f"{torch.get_num_threads()} CPU threads, {PROCESSOR or platform.machine()}",
         }
         (OUTPUT / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
         print(name, json.dumps(found, indent=2))

@@ -749,7 +749,8 @@ for k, areas in subsets.items():
     print(f"{k} of 5 heads: image AUROC {np.mean(areas):.3f} on average, {min(areas):.3f} at worst")
 
 # %% [markdown]
-# The committee is better than its heads are on average, and you no longer depend on which seed you drew.
+# The committee is better than its heads are on average, and you no longer depend on which seed you drew. Between
+# two heads and five there is less than the error bar: another training may turn their order round.
 #
 # The threshold gains, too: each training image is scored by the head that has not seen it, so all 60 set it,
 # and `false_alarms` = 0.05 takes the third highest. (In the mean of five more chance cancels than in that one
@@ -793,7 +794,7 @@ assert [round(beta.ppf(0.025, *ab), 3) for ab in ((1, 20), (4, 37))] == [0.001, 
 assert 0.1 < agreement < 0.7
 touched = F.adaptive_max_pool2d(torch.from_numpy(np.array(masks)).float(), 32) > 0
 assert mean_votes[touched].mean() > 3 * votes.std(dim=1)[touched].mean()
-assert np.mean(subsets[1]) < np.mean(subsets[2]) < subsets[5][0]
+assert np.mean(subsets[1]) < min(np.mean(subsets[2]), np.mean(subsets[3]), subsets[5][0])
 for m in measured.values():
     assert m["image_auroc"] > 0.93 and m["image_ap"] > 0.95 and m["image_f1max"] > 0.87
     assert m["pixel_auroc"] > 0.95 and m["aupro"] > 0.85 and m["pixel_ap"] < 0.5
