@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from simplenet_lib import __version__
-from simplenet_lib.benchmark import datasets
+from simplenet_lib.benchmark import datasets, hardware
 from simplenet_lib.cli import MALLOC, set_up_process
 from simplenet_lib.config import preset
 from simplenet_lib.dataset import ImageFiles, make_transform, photos
@@ -44,7 +43,7 @@ from simplenet_lib.features import FEATURE_BATCH, batches, build_backbone
 from simplenet_lib.localization import Result, evaluate, results
 from simplenet_lib.model import SimpleNet
 from simplenet_lib.synthetic import generate
-from simplenet_lib.training import PROCESSOR, train
+from simplenet_lib.training import train
 from simplenet_lib.weights import find_weights
 
 #: Variables of the environment with which PyTorch runs as it comes: none of the command's.
@@ -516,9 +515,7 @@ def main() -> None:
         found = {
             **work(arguments.data),
             "versions": {"simplenet_lib": __version__, "torch": torch.__version__},
-            "hardware": torch.cuda.get_device_name()
-            if DEVICE == "cuda"
-            else f"{torch.get_num_threads()} CPU threads, {PROCESSOR or platform.machine()}",
+            "hardware": hardware(DEVICE),
         }
         (OUTPUT / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
         print(name, json.dumps(found, indent=2))

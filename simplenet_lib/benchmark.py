@@ -47,7 +47,7 @@ from simplenet_lib.localization import (
 )
 from simplenet_lib.metrics import auroc_deviation, pixel_deviations
 from simplenet_lib.model import SimpleNet, read_checkpoint, write_whole
-from simplenet_lib.training import Trained, train
+from simplenet_lib.training import PROCESSOR, Trained, train
 from simplenet_lib.weights import find_weights
 
 #: Image AUROC and pixel AUROC of SimpleNet on MVTec AD in percent, as the paper
@@ -616,7 +616,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: str) -> str:
-    """The graphics card by name, or the number of processor threads.
+    """The graphics card by name, or the number of threads and the processor.
 
     Examples
     --------
@@ -627,7 +627,7 @@ def hardware(device: str) -> str:
         return torch.cuda.get_device_name(device)
     if torch.device(device).type == "mps":
         return "Apple GPU"
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    return f"{torch.get_num_threads()} CPU threads, {PROCESSOR or platform.machine()}"
 
 
 def measured_runs(kind: str = "") -> list[dict[str, Any]]:

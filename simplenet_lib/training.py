@@ -386,7 +386,7 @@ def fit(
 
 
 class OneDNN(TorchFunctionMode):
-    """Linear layers by oneDNN, as convolutions are, but on Intel's processors.
+    """Linear layers by oneDNN, as convolutions are, except on Intel's processors.
 
     PyTorch has MKL multiply matrices. That takes twice as long as oneDNN on AMD's
     processors, and three quarters of its time on Intel's.

@@ -363,8 +363,8 @@ print(f"loss: first step {curves[0, 0]:.0f}, last ten steps {curves[-10:, 0].mea
 # The library's `fit` is this loop, for any number of heads, none of which waits for another, with four things
 # around it: it writes a {term}`checkpoint` every 50 steps, it finishes the steps under way before Ctrl-C stops it
 # (see the appendix), it shows a progress bar, and it refuses a loss that is not finite. Its first 20 steps must be
-# those of your loop up to a few thousandths: it lets oneDNN multiply the matrices and uses a fused AdamW, which
-# round differently.
+# those of your loop up to a few thousandths: it uses a fused AdamW and, except on Intel's processors, lets oneDNN
+# multiply the matrices, which both round differently.
 # And half precision must not matter: how much does it move a score, against the spread of the scores?
 
 # %% tags=["hide-input", "nbval-ignore-output"]
