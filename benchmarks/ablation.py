@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1},
     "margin loss": {"loss": "margin"},
     "zeros at the border": {"border": "zeros"},
+    "both layers alike": {"fine_scale": 1.0},
     "all positions equally often": {"emphasis": 0.0},
     "one unit for all positions": {"position_units": False, "bound": 0.0},
     "no bound": {"bound": 0.0},

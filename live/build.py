@@ -12,6 +12,8 @@ import argparse
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from simplenet_lib.dataset import AnomalyDataset, make_transform
 from simplenet_lib.export import onnx_graph
 from simplenet_lib.features import FrozenFeatures, cache_folder
 from simplenet_lib.loss import cross_entropy_loss
-from simplenet_lib.model import CHECKPOINT_FORMAT, Head, SimpleNet, write_whole
+from simplenet_lib.model import CHECKPOINT_FORMAT, Head, SimpleNet, first_scales, write_whole
 from simplenet_lib.synthetic import generate
 from simplenet_lib.training import train
 from simplenet_lib.weights import IMAGENET_MEAN, IMAGENET_STD, find_weights
@@ -140,10 +142,19 @@ class TrainingStep:
         self.shapes = {name: t.shape for name, t in averaged if t.is_floating_point()}
         self.parameters = [name for name, _ in head.named_parameters()]
 
-    def layout(self) -> list[dict[str, Any]]:
-        """Name, shape and first values of every tensor: normal, uniform or constant."""
+    def layout(self, layer_channels: Sequence[int]) -> list[dict[str, Any]]:
+        """Name, shape and first values of every tensor: normal, uniform or constant.
+
+        A third entry has factors on them: how many columns in a row, and theirs.
+        """
+        scales = first_scales(layer_channels, self.config.fine_scale).tolist()
+        columns = [[len(list(equal)), scale] for scale, equal in groupby(scales)]
         first = {
-            "adaptor.linear.weight": lambda s: ["normal", (2 / (s[0] + s[1])) ** 0.5],  # Xavier
+            "adaptor.linear.weight": lambda s: [
+                "normal",
+                (2 / (s[0] + s[1])) ** 0.5,  # Xavier
+                columns,
+            ],
             "discriminator.hidden.weight": lambda s: ["uniform", s[1] ** -0.5],
             "discriminator.hidden.bias": lambda _: [
                 "uniform",
@@ -424,7 +435,9 @@ def build(folder: Path, root: Path, model: SimpleNet, images: Path) -> None:
         "config": json.loads(model.config.to_json()),
         "channels": model.features.channels,
         "stride": model.config.seen[0] // model.level.shape[0],
-        "layout": TrainingStep(model.features.channels, model.config).layout(),
+        "layout": TrainingStep(model.features.channels, model.config).layout(
+            model.features.layer_channels
+        ),
         "tensors": {
             name: {
                 "dtype": "F32" if tensor.is_floating_point() else "I64",

@@ -68,9 +68,12 @@ export function drawer(weights, chance) {
 
 // The state of a new head, (4, P): first values, their average, two moments of 0.
 export function firstState(layout, chance) {
-  const values = layout.flatMap(({ shape, first: [kind, size] }) => {
+  const values = layout.flatMap(({ shape, first: [kind, size, columns] }) => {
     const n = shape.reduce((a, b) => a * b, 1);
-    if (kind === "normal") return [chance.normals(n).map((x) => x * size)];
+    if (kind === "normal") {
+      const sizes = columns.flatMap(([count, scale]) => new Array(count).fill(size * scale));
+      return [chance.normals(n).map((x, i) => x * sizes[i % sizes.length])];
+    }
     if (kind === "constant") return [new Float32Array(n).fill(size)];
     return [Float32Array.from({ length: n }, () => (2 * chance.next() - 1) * size)];
   });

@@ -65,6 +65,9 @@ class Config:
     adaptor_scale : float
         Factor on the adaptor's first weights; the discriminator's are divided by it. It
         sets the scale on which the noise is small or large.
+    fine_scale : float
+        How much larger the adaptor's first weights are on the channels of the first layer,
+        which sets the grid, than on all others. Their mean square stays what it was.
     sigma : float
         Standard deviation of the feature noise (paper, section 3.3), in units of
         the adapted features.
@@ -123,6 +126,7 @@ class Config:
     hidden_channels: int
     batchnorm: bool
     adaptor_scale: float = 1.0
+    fine_scale: float = 1.0
     sigma: float
     emphasis: float = 0.0
     loss: str = "margin"
@@ -158,6 +162,7 @@ class Config:
             "adaptor_channels": (1, 16384),
             "hidden_channels": (1, 16384),
             "adaptor_scale": (1e-6, 1e6),
+            "fine_scale": (1e-3, 1e3),
             "sigma": (0, 1e6),
             "emphasis": (0, 8),
             "margin": (0, 1e6),
@@ -257,9 +262,11 @@ def _rectangle(side: int, ratio: float) -> tuple[int, int]:
 #:
 #: ``fast`` draws a position twice as often if its features lie twice as far from their mean
 #: (``emphasis``): most positions of a photo may show an empty background, and what rarely
-#: looks the same needs more examples. And a position adds at most four times its scale to
-#: the map (``bound``): far from normal features a score says that they are anomalous, not how
-#: much, and a speck would outweigh a scratch.
+#: looks the same needs more examples. The adaptor starts with weights twice as large on
+#: layer2 as on layer3 (``fine_scale``): layer3 has twice as many channels and sees further
+#: around a position, which gives a defect a halo. And a position adds at most four times its
+#: scale to the map (``bound``): far from normal features a score says that they are
+#: anomalous, not how much, and a speck would outweigh a scratch.
 PRESETS = {
     "course": Config(
         preset="course",
@@ -286,6 +293,7 @@ PRESETS = {
         adaptor_channels=128,
         hidden_channels=128,
         batchnorm=True,
+        fine_scale=2.0,
         sigma=0.3,
         emphasis=1.0,
         loss="cross-entropy",

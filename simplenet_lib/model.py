@@ -90,6 +90,28 @@ def bounded(values: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(values / bound) if bound else values
 
 
+def first_scales(layer_channels: Sequence[int], fine_scale: float) -> Tensor:
+    """Factors on the adaptor's first weights, (C,): those of the first layer are larger.
+
+    Their mean square is 1, so that adapted features start on the same scale.
+
+    Parameters
+    ----------
+    layer_channels : sequence of int
+        Channels C_l of each layer.
+    fine_scale : float
+        How many times as large as all others.
+
+    Examples
+    --------
+    >>> first_scales([1, 3], fine_scale=3.0)
+    tensor([1.7321, 0.5774, 0.5774, 0.5774])
+    """
+    scales = torch.ones(sum(layer_channels))
+    scales[: layer_channels[0]] = fine_scale
+    return scales / scales.square().mean().sqrt()
+
+
 class SimpleNet(nn.Module):
     """Frozen features and a committee of heads on top of them (paper, section 3).
 
@@ -151,10 +173,14 @@ class SimpleNet(nn.Module):
                 config.backbone, config.layers, weights, config.neighbourhood, config.border
             )
             self.standardise = Standardise(self.features.channels)
+            scales = first_scales(self.features.layer_channels, config.fine_scale)
             heads = []
             for number in range(config.heads):
                 torch.manual_seed(random_seed(config.seed, INITIAL, number))
-                heads.append(Head(self.features.channels, config))
+                head = Head(self.features.channels, config)
+                with torch.no_grad():
+                    head.adaptor.linear.weight.mul_(scales)
+                heads.append(head)
         self.heads = nn.ModuleList(heads)  # type: ignore[assignment]
         self.register_buffer("centre", torch.zeros(config.heads))
         self.register_buffer("spread", torch.ones(config.heads))

@@ -164,6 +164,30 @@ def test_the_adaptors_scale_leaves_the_first_scores_alone(scale: float) -> None:
         assert torch.equal(scaled.state_dict()[name], plain.state_dict()[name])
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0.01, 100))
+def test_first_scales_keep_the_mean_square(layer_channels: list[int], fine_scale: float) -> None:
+    scales = model_module.first_scales(layer_channels, fine_scale).double()
+    first, *others = scales.split(layer_channels)
+    assert float(scales.square().mean()) == pytest.approx(1, rel=1e-5)
+    for other in others:
+        torch.testing.assert_close(first.max() / other, torch.full_like(other, fine_scale))
+    ones = torch.ones(sum(layer_channels))
+    assert torch.equal(model_module.first_scales(layer_channels, 1.0), ones)
+
+
+def test_the_first_layer_weighs_more_at_the_start(random_weights: Weights) -> None:
+    """Every head draws the weights that it would draw anyway; only their columns differ."""
+    config = replace(CONFIG, layers=("layer1", "layer2"))
+    plain = SimpleNet(replace(config, fine_scale=1.0), random_weights)
+    larger = SimpleNet(replace(config, fine_scale=3.0), random_weights)
+    for before, after in zip(plain.heads, larger.heads, strict=True):
+        ratio = after.adaptor.linear.weight / before.adaptor.linear.weight
+        fine, coarse = ratio.split([64, 128], dim=1)
+        torch.testing.assert_close(fine, 3 * coarse[:, :1].expand_as(fine))
+        torch.testing.assert_close(coarse, coarse[:1, :1].expand_as(coarse))
+        assert torch.equal(before.discriminator.hidden.weight, after.discriminator.hidden.weight)
+
+
 # SimpleNet ----------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from simplenet_lib.model import Head, SimpleNet
 from simplenet_lib.noise import random_seed
 from simplenet_lib.synthetic import generate
 from simplenet_lib.training import NOISE, fit, train
+from simplenet_lib.weights import find_weights
 
 ROOT = Path(__file__).parent.parent
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -257,6 +259,30 @@ def test_is_small_before_the_click(report: dict[str, Any]) -> None:
     local = [one for one in report["before"] if one.startswith("/")]
     assert any("info.json" in one for one in local) and not any("onnx" in one for one in local)
     assert sum((root / one[1:]).stat().st_size for one in local) <= 30_000
+
+
+def test_a_page_s_head_starts_as_the_library_s(weights: Path) -> None:
+    network = SimpleNet(SMALL, find_weights(SMALL.backbone, weights))
+    layers = network.features.layer_channels
+    layout = live.TrainingStep(network.features.channels, SMALL).layout(layers)
+    script = f"""
+        import {{ firstState, random }} from "{ROOT / "live" / "training.js"}";
+        console.log(firstState({json.dumps(layout)}, random(0)).toString());
+    """
+    said = subprocess.run(
+        [str(NODE), "--input-type=module", "-e", script], capture_output=True, text=True, check=True
+    )
+    state = torch.tensor([float(value) for value in said.stdout.split(",")]).view(4, -1)
+    assert torch.equal(state[0], state[1]) and not state[2:].any()
+    sizes = [math.prod(one["shape"]) for one in layout]
+    found = dict(zip((one["name"] for one in layout), state[0].split(sizes), strict=True))
+    for name, expected in network.heads[0].state_dict().items():
+        if name in found and found[name].numel() >= 100:  # enough to be compared
+            size = float(expected.square().mean().sqrt())
+            assert float(found[name].square().mean().sqrt()) == pytest.approx(size, rel=0.15), name
+    columns = found["adaptor.linear.weight"].view(-1, sum(layers)).split(layers, dim=1)
+    fine, coarse = (float(part.square().mean().sqrt()) for part in columns)
+    assert fine / coarse == pytest.approx(SMALL.fine_scale, rel=0.1)
 
 
 def test_training_step_is_the_library_s() -> None:

@@ -79,6 +79,7 @@ ONE_HEAD = {
     "neighbourhood": 1,
     "adaptor_channels": 256,
     "hidden_channels": 256,
+    "fine_scale": 1.0,
     "sigma": 0.5,
     "emphasis": 0.0,
     "loss": "margin",
