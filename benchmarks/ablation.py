@@ -37,6 +37,7 @@ MARGIN = 32  # pixels that count as the border
 VARIANTS: dict[str, dict[str, Any]] = {
     "unchanged": {},
     "one head": {"heads": 1},
+    "forty heads": {"heads": 40},
     "margin loss": {"loss": "margin"},
     "zeros at the border": {"border": "zeros"},
     "both layers alike": {"fine_scale": 1.0},

@@ -459,8 +459,7 @@ print(f"fast minus course on weld: {gain:+.1f} points, 95% between {low:+.1f} an
 # %% [markdown]
 # If the interval includes 0, these 128 images do not decide it, whatever the spread over seeds says.
 #
-# Chapter 10 asked what each piece of the default is worth, with one seed each, before its last change. Here is every
-# measured variant again:
+# Chapter 10 asked what each piece of the default is worth, with one seed each. Here is every measured variant again:
 # in how many of the sets it loses and gains, and in how many of them the interval over test images excludes 0.
 
 # %% tags=["hide-input", "nbval-ignore-output"]
