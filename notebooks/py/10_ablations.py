@@ -802,12 +802,11 @@ plt.show()
 # and sees further, so that defects have less of a halo; and no position adds more than four times its scale to the map.
 #
 # One row ranks better on screw and kolektorsdd, and costs no other set more than 0.1 of image AUROC: forty heads in
-# place of five. It is not the default because it takes five to seven times the training time
+# place of five. It is not the default because it takes four to seven times the training time
 # ([benchmarks](../benchmarks.md)). An ablation tells what a piece gives; the price is another table.
 #
 # And PatchCore is no straw man once it picks its memory: on bottle and screw it ranks as well as the committee
-# and localises as well or better, on weld the two cannot be told apart, on kolektorsdd the committee ranks better. No
-# detector wins everywhere.
+# and localises as well or better, on weld and kolektorsdd the committee ranks better. No detector wins everywhere.
 # PatchCore pays in time: seconds an image on one core, where the heads take milliseconds.
 #
 # ### Beside the paper
@@ -1007,7 +1006,7 @@ plt.show()
 #   depends on more: a two-layer adaptor loses in nine of nine pairs, as in the paper, and a neighbourhood of 3 in
 #   AUPRO.
 # - Significant is not relevant: ask first whether something is there, then whether it matters.
-# - PatchCore with a picked memory equals today's default on screw and weld, at many times the work.
+# - PatchCore with a picked memory equals today's default on screw and bottle, at many times the work.
 # - The best of many variants looks better than it is, the more so the fewer seeds chose it.
 #
 # ## References
